@@ -1,7 +1,7 @@
-"""A follower: one reader's place in a spool, and the token that wakes it.
+"""A follower: one reader's place in a log, and the token that wakes it.
 
-It holds no output: what it has not read stays in the files, however far behind it is. The theory
-of waking is in `spool`, whose `follow` makes followers.
+A follower holds no output. However far behind it is, the output that it has not read stays in the
+files. `Spool.follow` makes followers; the module `output.spool` explains how they are woken.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -16,36 +16,42 @@ from jobworker.jobs.output.search import StartPlace
 
 
 class Log(Protocol):
-    """What a follower reads: a log of two streams that grows until it is sealed (a `Spool`)."""
+    """The log that a follower reads: two streams that grow until the log is sealed (a `Spool`)."""
 
     @property
     def size(self) -> int:
-        """Bytes of both streams that can be read."""
+        """How many bytes of both streams can be read."""
 
     @property
     def sealed(self) -> bool:
-        """Whether nothing is added any more."""
+        """Whether the log has ended: nothing is added any more."""
 
     def check_offset(self, offset: int) -> None:
-        """Raise InvalidParams where the log is shorter than `offset`."""
+        """Raise InvalidParams if the log is shorter than `offset`."""
 
     def check_whole(self) -> None:
-        """Raise OutputError where the log has less than its job has written."""
+        """Raise OutputError if the log has fewer bytes than its job has written."""
 
     async def find(self, offset: int) -> Place:
-        """The place of a merged offset. Raises OutputError."""
+        """The place at a merged offset. Raises OutputError."""
 
     async def read(self, place: Place, view: ReadFilter) -> tuple[LogChunk | None, Place]:
-        """The chunk at a place, if there is one to be seen, and the place after it."""
+        """Read at a place. Returns a chunk, or None if the filter hides it, and the place after it.
+
+        Raises OutputError.
+        """
 
     async def bytes_before_line(self, chunk: LogChunk) -> int | None:
-        """How many bytes of a chunk belong to a line that began before it; None for all."""
+        """How many bytes of a chunk belong to a line that began before it; None if all do.
+
+        Raises OutputError.
+        """
 
     def await_poke(self, follower: "Follower") -> None:
-        """Poke this follower once there is more to see."""
+        """Poke this follower once, as soon as there is more to read or the log is sealed."""
 
     def cancel_poke(self, follower: "Follower") -> None:
-        """Do not poke it, where that is still to come."""
+        """Undo `await_poke` if the follower was not poked yet."""
 
     def forget(self, follower: "Follower") -> None:
         """Forget a follower that was closed."""
@@ -53,9 +59,9 @@ class Log(Protocol):
 
 @define(eq=False)
 class Follower:
-    """A reader of a log that grows: an offset, and a token that says when to look again.
+    """One reader of a log that grows: an offset, and a token by which the log wakes the reader.
 
-    One task's: a second one that reads or waits meanwhile gets trio.BusyResourceError.
+    One task at a time may read or wait: a second one gets trio.BusyResourceError.
     """
 
     _log: Log
@@ -68,7 +74,10 @@ class Follower:
     _closed: bool = False
 
     def begin(self, beginning: StartPlace) -> None:
-        """Begin there, before anything is read. Raises InvalidParams where the log is shorter."""
+        """Set the place to begin at. Call it before the first read.
+
+        Raises InvalidParams if the log is shorter, trio.ClosedResourceError once closed.
+        """
         self._check_open()
         self._log.check_offset(beginning.offset)
         self._start = beginning.offset
@@ -76,16 +85,17 @@ class Follower:
 
     @property
     def offset(self) -> int:
-        """The merged offset up to which everything was received or passed over."""
+        """The merged offset of the next byte: all bytes before it were read or skipped."""
         return self._start if self._place is None else self._place.offset
 
     async def receive(self, max_bytes: int = CHUNK_BYTES, *, wait: bool = True) -> LogChunk | None:
-        """Wait for the next bytes, at most `max_bytes` (at least 1); None is the sealed log's end.
+        """Wait for the next bytes and return them. None: the log is sealed and has no more.
 
-        Without `wait` None is also the end of what there is now.
-        Cancellation loses nothing: the next call gives what this one would have given. Raises
-        trio.BusyResourceError while another task receives, trio.ClosedResourceError once closed,
-        OutputError where the disk fails.
+        `max_bytes`: the most bytes to return, at least 1. Without `wait`, None also means that no
+        more bytes are there now. A cancelled call loses nothing: the next call returns what this
+        one would have returned. Raises trio.BusyResourceError while another task receives,
+        trio.ClosedResourceError once closed, FollowerStalled if the spool's files were closed for
+        other readers, OutputError if the disk fails.
         """
         await trio.lowlevel.checkpoint()
         while self.behind or (wait and await self.wait_for_more()):
@@ -96,9 +106,10 @@ class Follower:
         return None
 
     async def read(self, max_bytes: int = CHUNK_BYTES) -> LogChunk | None:
-        """Read the next of what is there now, as `receive`; None where nothing is to be seen.
+        """Read the next bytes that are there now; None if there are none to be seen.
 
-        What the page cache holds is read without a checkpoint: for callers that have their own.
+        Arguments and errors as for `receive`. A read from the page cache has no checkpoint: the
+        caller must have its own.
         """
         with self._alone():
             while self.behind:
@@ -111,14 +122,14 @@ class Follower:
                 self._place = after
                 if chunk is not None:
                     return chunk
-                await trio.lowlevel.checkpoint()  # a long way through the other stream
+                await trio.lowlevel.checkpoint()  # hidden bytes may be many: let other tasks run
             self._check_open()
             return None
 
     async def _begin_with_line(
         self, chunk: LogChunk, after: Place
     ) -> tuple[LogChunk | None, Place]:
-        """Pass over what is left of a line that began before its stream does here."""
+        """Skip the rest of a line that began before this chunk, the first one of its stream."""
         skipped = await self._log.bytes_before_line(chunk)
         if skipped is None:
             return None, after
@@ -130,34 +141,38 @@ class Follower:
 
     @property
     def starts(self) -> tuple[LineStart, ...]:
-        """Of the streams that have not begun."""
+        """The rules for the streams of which this reader has not yet reached the first line."""
         return self._view.starts
 
     @property
     def behind(self) -> bool:
-        """Whether there is more in the log now, in whichever stream."""
+        """Whether the log has more bytes now, also of streams that the reader does not want."""
         return self.offset < self._log.size
 
     @property
     def ends(self) -> bool:
-        """Whether the log has an end: nothing is added any more."""
+        """Whether the log is sealed: nothing is added any more."""
         return self._log.sealed
 
     def check_whole(self) -> None:
-        """Raise OutputError where the log has less than its job has written: at its end."""
+        """Raise OutputError if the log has fewer bytes than its job has written.
+
+        To be called at the log's end.
+        """
         self._log.check_whole()
 
     async def wait_for_more(self) -> bool:
-        """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
+        """Wait until `behind`. False: the log is sealed and has no more bytes.
 
-        Reads nothing, has a checkpoint only where it waits, and raises as `receive` does.
+        Reads nothing. Has a checkpoint only if it waits. Raises trio.BusyResourceError and
+        trio.ClosedResourceError, as `receive` does.
         """
         with self._alone():
             self._check_open()
             while not self.behind:
                 if self._log.sealed:
                     return False
-                # No checkpoint between the look and this: see the module's theory.
+                # No checkpoint between `behind` and this, or a wake-up could be lost (`spool`).
                 self._log.await_poke(self)
                 try:
                     await self._poked.receive()
@@ -181,14 +196,14 @@ class Follower:
             raise trio.ClosedResourceError("this follower was closed")
 
     def poke(self) -> None:
-        """Say that there is more to see: for `Spool.wake`, which may come late."""
+        """Wake the reader. For `Spool.wake`, which may call it after the follower was closed."""
         if self._closed:
             return
-        with suppress(trio.WouldBlock):  # a token that nobody took yet says the same
+        with suppress(trio.WouldBlock):  # the reader has not yet taken an earlier token
             self._poke.send_nowait(None)
 
     def close(self) -> None:
-        """Be forgotten by the spool; a second call does nothing. A waiting `receive` raises."""
+        """Close the follower. A `receive` that waits raises. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._poked.close()
