@@ -1,18 +1,18 @@
-"""The index of a job's output: what orders the bytes of two streams into one log (pure).
+"""The index of a job's output: it orders the bytes of two streams into one log. Pure.
 
-An index is a row of records of 32 bytes. Each is the whole state of the log after one event:
-when it was, how long both data files are, how many bytes were thrown away. What grew against
-the record before tells the event:
+An index is a sequence of records of 32 bytes. A record is the whole state of the log after one
+event: the time of the event, the lengths of both data files, and how many bytes were discarded. The
+number that differs from the record before tells the event:
 
-    stdout or stderr grew    so many bytes of output
-    discarded grew           output was thrown away: the log is not complete
-    nothing grew             sealed: no output follows, and no record
+    stdout or stderr grew    the job wrote that many bytes of output
+    discarded grew           output was discarded: the log is not complete
+    nothing grew             the seal: no output and no record follow
 
-A place in the log is its merged offset: how many bytes of both streams stand before it, in the
-order of the index. Since records hold sums, not lengths, the record at an offset is found by
-bisection, and the state of a log of any size is its last record.
+The merged offset of a place in the log is the number of bytes of both streams before it, in the
+order of the index. Records hold sums, not lengths. So bisection finds the record at an offset, and
+the last record is the state of the log, however long it is.
 
-No I/O here: `output.files` reads and writes what this module describes.
+This module does no I/O: `output.files` reads and writes the files.
 """
 
 import struct
@@ -23,10 +23,9 @@ from jobworker.jobs.output.chunk_encodings import ChunkEncodings
 from jobworker.model.job import Stream
 
 RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarded_bytes
-BLOCK_RECORDS = 1024  # planned over at a time: 32 KiB, well under a millisecond
+BLOCK_RECORDS = 1024
+"""The most records that one read examines: 32 KiB, which take well under a millisecond."""
 CHUNK_BYTES = 65_536
-
-
 BOTH = frozenset(Stream)
 
 
@@ -38,14 +37,14 @@ class LogChunk:
     offset: int
     """The merged offset of the first byte."""
     time_ns: int
-    """When the record of the first byte was made, in nanoseconds since the epoch."""
+    """The time of the first byte's record, in nanoseconds since the epoch."""
     data: bytes | bytearray
     forms: ChunkEncodings = field(factory=ChunkEncodings, eq=False, repr=False)
-    """What its readers made of it, for others who stand at the same place."""
+    """The messages that readers have made of the chunk, for other readers at the same place."""
 
     @property
     def end(self) -> int:
-        """The merged offset after the last byte: where a reader goes on."""
+        """The merged offset after the last byte, from which a reader goes on."""
         return self.offset + len(self.data)
 
 
@@ -54,17 +53,18 @@ class Record:
     """The state of the log after an event."""
 
     time_ns: int = 0
+    """The time of the event, in nanoseconds since the epoch; 0 only in `EMPTY`."""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     discarded_bytes: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes of both streams: the merged offset that the record ends at."""
+        """The number of bytes of both streams, which is the merged offset of the log's end."""
         return self.stdout_bytes + self.stderr_bytes
 
     def length_of(self, stream: Stream) -> int:
-        """Bytes of one stream."""
+        """The number of bytes of one stream."""
         return self.stdout_bytes if stream is Stream.STDOUT else self.stderr_bytes
 
     def with_length(self, stream: Stream, length: int, time_ns: int) -> "Record":
@@ -74,12 +74,12 @@ class Record:
         return evolve(self, stderr_bytes=length, time_ns=time_ns)
 
     def follows(self, before: "Record") -> bool:
-        """Whether one event leads here from `before`: never so for a zeroed record."""
+        """Whether one event leads from `before` to this record. False for a record of zeros."""
         growth = self._growth(before)
         return self.time_ns > 0 and min(growth) >= 0 and sum(map(bool, growth)) <= 1
 
     def seals(self, before: "Record") -> bool:
-        """Whether the event was the end of the output."""
+        """Whether this record, which follows `before`, is the seal."""
         return self.time_ns > 0 and not any(self._growth(before))
 
     def _growth(self, before: "Record") -> tuple[int, int, int]:
@@ -90,7 +90,7 @@ class Record:
         )
 
     def pack(self) -> bytes:
-        """The record as it stands in the file."""
+        """The 32 bytes of the record in the index."""
         return RECORD.pack(self.time_ns, self.stdout_bytes, self.stderr_bytes, self.discarded_bytes)
 
 
@@ -99,7 +99,10 @@ EMPTY = Record()
 
 @frozen
 class Place:
-    """Where a reader stands: `skip` bytes after the state that precedes record `number`."""
+    """A place in the log: `skip` bytes into the output of record `number`.
+
+    `stdout_bytes` and `stderr_bytes` are the lengths of the streams before that record.
+    """
 
     number: int = 0
     stdout_bytes: int = 0
@@ -112,13 +115,13 @@ class Place:
         return self.stdout_bytes + self.stderr_bytes + self.skip
 
     def plus(self, skip: int) -> "Place":
-        """The place `skip` bytes on."""
+        """The place `skip` bytes further on, within the same record."""
         return evolve(self, skip=self.skip + skip)
 
 
 @frozen
 class ByteRange:
-    """Bytes to read: `size` of one stream, at `start`."""
+    """Bytes to read: `size` bytes of one stream from `start` on."""
 
     stream: Stream
     time_ns: int
@@ -127,18 +130,19 @@ class ByteRange:
 
     @property
     def file_offset(self) -> int:
-        """Where the bytes stand in the stream's file."""
+        """The offset of the first byte in the stream's file."""
         stdout = self.stream is Stream.STDOUT
         return (self.start.stdout_bytes if stdout else self.start.stderr_bytes) + self.start.skip
 
 
 @frozen
 class LineStart:
-    """Where a stream begins for a reader: with a line, and what comes before is hidden.
+    """A rule: a reader sees a stream only from the beginning of a certain line on.
 
     It is the first line whose first byte stands at `offset` of the stream's file or later, and was
-    seen at `since_ns` or later. Where lines are, only the bytes tell: `plan_read` hides what is
-    too early, and the reader goes on to the next line (`output.search.bytes_before_line`).
+    written at `since_ns` or later (nanoseconds since the epoch, by the byte's record). The index
+    does not know where lines begin. So `plan_read` hides the bytes that are too early, and the
+    reader then skips the rest of a line (`output.search.bytes_before_line`).
     """
 
     stream: Stream
@@ -146,7 +150,7 @@ class LineStart:
     since_ns: int = 0
 
     def hides(self, time_ns: int, position: int, length: int) -> int:
-        """How many of `length` bytes at `position` of the stream, seen at `time_ns`."""
+        """How many of `length` bytes at `position` of the stream, from `time_ns`, are hidden."""
         if time_ns < self.since_ns:
             return length
         return min(length, max(0, self.offset - position))
@@ -154,27 +158,32 @@ class LineStart:
 
 @frozen
 class ReadFilter:
-    """What a reader wants to see."""
+    """What a reader wants to see of the log."""
 
     max_bytes: int = CHUNK_BYTES
+    """The most bytes of one chunk."""
     streams: frozenset[Stream] = BOTH
     coalesce: bool = True
-    """Join the records of one stream into one chunk; otherwise each keeps its own time stamp."""
+    """Join consecutive records of one stream into one chunk, which has the time of the first one.
+    Otherwise each record makes a chunk with its own time."""
     starts: tuple[LineStart, ...] = ()
-    """Of those streams that have not begun."""
+    """The rules for the streams of which the reader has not yet reached the first line."""
 
     def hides(self, stream: Stream, time_ns: int, position: int, length: int) -> int:
-        """How many of `length` bytes at `position` of a stream come before it begins."""
+        """How many of `length` bytes at `position` of a stream come before its first line.
+
+        `time_ns` is the time of these bytes.
+        """
         mine = (each for each in self.starts if each.stream is stream)
         return max((each.hides(time_ns, position, length) for each in mine), default=0)
 
 
 def plan_read(block: memoryview, place: Place, view: ReadFilter) -> tuple[ByteRange | None, Place]:
-    """Choose what to read next, and say where the reader stands after it.
+    """Choose the bytes to read next. Returns them, and the reader's place after them.
 
-    `block` holds whole records from number `place.number` on. No span means that nothing in the
-    block is to be seen; the place is then after the block. Raises ValueError where the records
-    contradict one another.
+    `block` holds whole records from number `place.number` on. If the filter `view` hides all bytes
+    of the block, the function returns None, and the place after the block. Raises ValueError if a
+    record does not follow the one before it.
     """
     number, stdout, stderr, skip = place.number, place.stdout_bytes, place.stderr_bytes, place.skip
     first: ByteRange | None = None
