@@ -1,8 +1,9 @@
-"""One job's output while it runs: moved to the spool, and told of where it cannot be kept.
+"""Moves one job's output to the spool while it runs, and reports if output cannot be kept.
 
-Three things end what is kept of a job: its own limit, the limit on all output together, and the
-disk. Before the second does, retention is asked to make room. The rest is discarded and counted;
-whether the job shall go on is for who hears of it (`tell_cut`, once).
+Three bounds may cut the output of a job: the job's own limit, the limit on all output together, and
+the disk. If it is the second one, the mover first asks retention to remove old output. After a cut
+the rest of the output is discarded and counted. The mover reports the cut once (`tell_cut`), and
+its caller decides whether the job goes on.
 """
 
 import logging
@@ -23,27 +24,28 @@ from jobworker.model.units import format_size
 log = logging.getLogger("jobworker.jobs")
 
 AGAIN_SECONDS = 1.0
+"""The pause before another attempt if the process had no file descriptor left."""
 DRAIN_SECONDS = 2.0
-"""How long after a job's end someone outside of it may hold its pipes open."""
+"""How long the end of a job waits for its pipes if a process outside of it holds them open."""
 
 
 @frozen(kw_only=True)
 class OutputRoom:
-    """What an owner's jobs share: the budget, a way to win some of it back, and the processor.
+    """The resources for output that the jobs of one owner share.
 
-    The budget and the processor are all other owners', too.
+    The jobs of all owners share the same budget and the same pace.
     """
 
     owner: str
     budget: OutputBudget
     pace: OutputPace
     make_room: Callable[[], Awaitable[bool]]
-    """Remove what retention does not keep, now: whether there was any."""
+    """Have retention remove old output now. Returns whether it removed any."""
 
 
 @define(eq=False, kw_only=True)
 class OutputMover:
-    """Moves a job's output; `max_bytes` bounds what is kept, None does not."""
+    """Moves a job's output. `max_bytes` bounds the log; None is no bound."""
 
     _spool: Spool
     _max_bytes: int | None
@@ -52,7 +54,8 @@ class OutputMover:
     _keep_cut: Callable[[], Awaitable[None]]
     """Have a disk know of the cut that was told: before anything is discarded for it."""
     _cut_before: OutputCut | None = field(alias="cut")
-    """Why the log ends already, by an earlier service's word: it shall not go on after a gap."""
+    """The cut that an earlier service has recorded; None without one. After a cut by the budget or
+    the disk the log must not go on: it would have a gap."""
     _told: bool = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -60,7 +63,7 @@ class OutputMover:
 
     @asynccontextmanager
     async def moving(self, pipes: Mapping[Stream, int]) -> AsyncIterator[None]:
-        """Move output during the block, and what is left of it within bounds thereafter."""
+        """Move output during the block. After it, move the rest within `DRAIN_SECONDS`."""
         with Pump(
             self._spool,
             pipes,
@@ -79,7 +82,7 @@ class OutputMover:
                     nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
                 while not await self._settled(pump, pump.drain):
                     pass
-            finally:  # a job that is left may just have discarded the first bytes
+            finally:  # also if cancelled: bytes beyond the limit may just have been discarded
                 if pump.capped.is_set():
                     self._cut_at_limit()
 
@@ -91,7 +94,10 @@ class OutputMover:
             nursery.cancel_scope.cancel()
 
     async def _settled(self, pump: Pump, move: Callable[[], Awaitable[None]]) -> bool:
-        """Move output to its end (True), or until something is in the way that we could settle."""
+        """Call `move`. Returns True at its end, False after a refusal: then call it again.
+
+        After a refusal either retention has made room, or output is discarded from now on.
+        """
         try:
             await move()
         except OutputError as error:
@@ -103,10 +109,10 @@ class OutputMover:
         return True
 
     async def _make_room(self) -> bool:
-        """Win some of the budget back. The job waits while the service cannot even look.
+        """Have retention make room in the budget. Returns whether it could.
 
-        What else keeps the service from that is no fault of this job's, and cuts output as a full
-        disk does.
+        While the service has no file descriptor left to look at old output, this waits, and the job
+        waits too. Any other fault is logged, and the output is cut.
         """
         while True:
             try:
@@ -114,10 +120,10 @@ class OutputMover:
             except OutOfDescriptors:
                 await trio.sleep(AGAIN_SECONDS)
             except JobworkerError as error:
-                log.error("no room could be made for more output: %s", error)
+                log.error("cannot make room for more output: %s", error)
                 return False
             except Exception:
-                log.exception("no room could be made for more output")
+                log.exception("cannot make room for more output")
                 return False
 
     async def _watch_limit(self, pump: Pump) -> None:
