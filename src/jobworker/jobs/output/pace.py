@@ -1,17 +1,16 @@
-"""Bounds what moving the output of many jobs takes of the processor, for the event loop's sake.
+"""Bounds the processor time for moving the output of many jobs, so that the event loop has enough.
 
-Each time that a pump moves what stands in a pipe costs a thread and some turns of the event loop,
-and all of that needs the interpreter's lock. A job that writes a byte at a time can have its output
-moved a thousand times a second, and a few dozen such jobs would leave the event loop little. So
-where the streams of many jobs are busy, all moves together get a part of a processor, and a stream
-that was moved a moment ago rests while its account is overdrawn. Its output gathers in the pipe,
-and the next move takes all of it. A stream that was silent for longer never rests, and few streams
-have no bound.
+Each move from a pipe to the spool costs a thread and some turns of the event loop, and all of that
+needs the interpreter's lock. The output of a job that writes a byte at a time could be moved a
+thousand times a second. A few dozen such jobs would leave the event loop little. So if many streams
+are busy, all moves together get a part of a processor: a stream that was moved a moment ago rests
+while its account is overdrawn. Its output gathers in the pipe, and the next move takes all of it. A
+stream that was silent before never rests, and a few streams have no bound.
 
-Each owner has two accounts: one for streams that would fill their pipes while they rest, and wait
-then, and one for all others, which lose nothing by a rest. So who writes a byte at a time slows
-down neither other owners nor what writes much. An account gets what the others leave, and an equal
-part at the least.
+Each owner has two accounts. One is for streams that write much: they would fill their pipes during
+a rest, and their jobs would have to wait. The other is for all other streams, which lose nothing by
+a rest. So jobs that write a byte at a time slow down neither other owners nor jobs that write much.
+An account gets the part that the others leave, and at least an equal part.
 """
 
 import math
@@ -26,32 +25,35 @@ from jobworker.token_bucket import TokenBucket
 T = TypeVar("T")
 
 FEW = 4
-"""So many streams have no bound: two jobs that write to both."""
+"""The most busy streams without a bound: those of two jobs that write to both streams."""
 BUSY_SECONDS = 5.0
-"""A stream that was moved within this time is busy. It is more than a rest of 200 streams takes."""
+"""A stream that was moved within this time is busy. Even among 200 busy streams each one is moved
+more often than that."""
 SHARE = 0.15
-"""What all moves together may take of a processor in the long run, where many streams are busy.
+"""The part of a processor that all moves together may take in the long run if many streams are
+busy.
 
-With 0.3, a client's `true` took five times as long beside 40 jobs that write a byte at a time, and
-with this two to three times. Whole pipes of a mebibyte are still moved at 150 MB/s."""
+With 0.3, a client's `true` took five times as long beside 40 jobs that write a byte at a time. With
+0.15 it takes two to three times as long. Whole pipes of a mebibyte are still moved at 150 MB/s."""
 BURST_SECONDS = 0.05
+"""The capacity of an account, in seconds of processor time."""
 MAX_REST_SECONDS = 1.0
-"""For so long a stream rests at the most: streams that write seldom draw on the account and do not
-rest, so what is overdrawn could grow without end."""
+"""The longest rest. Without this bound the debt of an account could grow without end: streams that
+write seldom draw on it too, and do not rest."""
 LOOP_SECONDS = 0.0005
-"""What a move takes of the event loop and of the lock, beside what its thread takes."""
+"""The processor time of a move outside of its thread: in the event loop, and for the lock."""
 MEAN_SECONDS = 1.0
-"""For so long what was taken counts as being taken still, on the average."""
+"""The time constant of the mean by which recent use counts."""
 MUCH, FULL = 0.5, 0.75
-"""Parts of a pipe: a stream that fills the one during a rest writes much, and who fills the other
-may wait already."""
+"""Parts of a pipe. A stream that would fill the first one during a rest writes much. A stream that
+has filled the second one may already make its job wait."""
 LEAST_SECONDS = 0.01
-"""What comes in less time says nothing of how fast a stream is."""
+"""The shortest silence from which a stream's rate is computed; a shorter one counts as this."""
 
 
 @define(eq=False)
 class _Use:
-    """What is taken of a processor: a mean that decays."""
+    """The use of a processor: a mean that decays exponentially."""
 
     _seconds: float = 0.0
     _at: float = 0.0
@@ -66,7 +68,7 @@ class _Use:
 
 @define(eq=False)
 class _Account:
-    """What some of an owner's streams share."""
+    """The processor time that all streams of one kind and one owner share."""
 
     bucket: TokenBucket
     use: _Use = field(factory=_Use)
@@ -78,24 +80,24 @@ class OutputPace:
     """The accounts of all pumps of a service."""
 
     _moved_at: dict[object, float] = field(factory=dict, init=False)
-    """When each busy stream was moved last, the latest at the end."""
+    """The time of each busy stream's last move, in the order of these times."""
     _accounts: dict[tuple[str, bool], _Account] = field(factory=dict, init=False)
-    """By owner, and whether the streams write much; the one drawn on last at the end."""
+    """By the owner and by whether the streams write much, in the order of the last use."""
     _use: _Use = field(factory=_Use, init=False)
-    """What is taken by all of them together."""
+    """The use of all accounts together."""
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more than a few streams are busy. May be asked in a thread."""
+        """Whether more than `FEW` streams are busy. May be read in any thread."""
         return len(self._moved_at) > FEW
 
     def rest_after(
         self, now: float, owner: str, stream: object, cost_seconds: float, filled: float
     ) -> float:
-        """For how many seconds a stream shall rest after a move, by Trio's clock.
+        """Record a move, and return how many seconds the stream has to rest after it.
 
-        The move took `cost_seconds` of a processor, and `filled` is what part of the pipe it found
-        full, more than 0.
+        `now`: by Trio's clock. `cost_seconds`: the processor time of the move's thread. `filled`:
+        the part of the pipe that was full before the move, more than 0.
         """
         while self._moved_at:
             longest = next(iter(self._moved_at))
@@ -109,12 +111,12 @@ class OutputPace:
         fills_in = MUCH * max(silent_seconds, LEAST_SECONDS) / filled if filled < FULL else 0.0
         writes_much = fills_in < MAX_REST_SECONDS
         seconds = self._draw(now, (owner, writes_much), cost_seconds + LOOP_SECONDS)
-        if seconds and writes_much:  # a move of more costs hardly more
+        if seconds and writes_much:  # a larger move costs hardly more than a small one
             seconds = max(seconds, fills_in)
         return seconds if silent_seconds < 2 * seconds else 0.0
 
     def _draw(self, now: float, key: tuple[str, bool], cost_seconds: float) -> float:
-        """Draw on an account: for how long it is overdrawn then."""
+        """Draw on an account. Returns how many seconds it is overdrawn then."""
         account = self._accounts.pop(key, None) or _Account(TokenBucket(now, BURST_SECONDS, SHARE))
         self._accounts[key] = account
         account.drawn_at = now
@@ -131,6 +133,6 @@ class OutputPace:
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Do work in a thread: what it returns, and what it took of a processor, in seconds."""
+    """Call `work`. Returns its result and the processor time of this thread for it, in seconds."""
     began = time.thread_time()
     return work(), time.thread_time() - began
