@@ -1,16 +1,15 @@
 """The pump: moves a job's output from its pipes into the spool until the last writer is gone.
 
-A task per pipe waits until the pipe is readable, and a thread then moves what is there
-(splice(2)); the event loop never waits for the disk. While the disk is slow the pipe fills and
-the job waits, as with any pipe.
+A task for each pipe waits until the pipe is readable. Then a thread moves its bytes by splice(2),
+so the event loop never waits for the disk. While the disk is slow, the pipe fills and the job
+waits, as with any pipe (backpressure).
 
-What the spool may not or cannot take is discarded, for the job to go on: everything beyond
-`max_bytes` (`capped` tells), and after `discard()` all. The spool's statistics say how much. Where
-the disk refuses, or the budget that all jobs share has no more room, `run` raises, and the caller
-decides.
+The pump discards output so that the job can go on: all output beyond `max_bytes` (it sets
+`capped`), and all output after `discard()`. The spool counts the discarded bytes. If the disk
+refuses, or if the budget that all jobs share is used up, `run` raises, and the caller decides.
 
-A pump can be cancelled and run again: what no thread has begun to move is still in the pipe. So
-the end of a job is bounded like this, where a descendant may hold a pipe open for ever:
+A pump can be cancelled and run again: bytes that no thread has begun to move are still in the pipe.
+A descendant of a job may hold a pipe open for ever. So the caller bounds a job's end like this:
 
     with trio.move_on_after(GRACE):
         await pump.run()
@@ -37,17 +36,23 @@ from jobworker.jobs.output.pace import OutputPace, timed
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import Stream
 
-TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can stand in it
+TURN_BYTES = 1 << 20
+"""The most bytes that one move takes: the capacity of a job's pipe."""
 FLOOD_BYTES = TURN_BYTES // 4
+"""A move of so many bytes is a flood: its thread goes on and moves what follows."""
 FLOOD_SECONDS = 0.02
+"""How long a thread goes on with a flood."""
 FLOOD_PAUSE_MS = 2
+"""A pause of so many milliseconds ends a flood."""
 BUSY_BYTES, BUSY_SECONDS = 4096, 0.002
-"""So much, so soon after the last turn, is a flood too: of a job that writes little at a time."""
+"""A move of so many bytes, so soon after the last turn, is a flood too: that of a job which writes
+little at a time."""
 GATHER_SECONDS = 0.0005
-"""How long a flood's next bytes may gather where the last were few: any move costs the same."""
+"""How long a thread lets the next bytes of a flood gather if the last move was small: a small move
+costs as much as a large one."""
 DISCARD_BYTES = 1 << 16
 MIN_INDEX_BYTES = 1 << 20
-"""What the index may have in any case, before a small `max_bytes` counts for it too."""
+"""The index may have this size even if `max_bytes` is smaller."""
 
 
 def _owned(pipes: Mapping[Stream, int]) -> dict[Stream, int]:
@@ -56,10 +61,10 @@ def _owned(pipes: Mapping[Stream, int]) -> dict[Stream, int]:
 
 @define(eq=False)
 class Pump:
-    """Moves one job's output; owns the read ends of the pipes and closes them.
+    """Moves one job's output. Owns the read ends of the pipes and closes them.
 
-    `pipes` are non-blocking. `max_bytes` bounds the log, both streams together, and also the index,
-    which has 32 bytes for each write that was seen; None is no bound.
+    `pipes` are non-blocking. `max_bytes` bounds the log, which is both streams together, and also
+    the index, which has 32 bytes for each move; None is no bound.
     """
 
     _spool: Spool
@@ -67,9 +72,9 @@ class Pump:
     _max_bytes: int | None = field(kw_only=True, default=None)
     _budget: OutputBudget | None = field(kw_only=True, default=None)
     _pace: OutputPace = field(kw_only=True, factory=OutputPace)
-    """What the pumps of all jobs share."""
+    """Shared by the pumps of all jobs."""
     _owner: str = field(kw_only=True, default="")
-    """Whose job it is: the streams of one owner rest for each other's sake."""
+    """The job's owner: the streams of one owner share two accounts of `_pace`."""
     capped: trio.Event = field(init=False, factory=trio.Event)
     """Set once something was discarded because of `max_bytes`."""
     _discarding: bool = field(init=False, default=False)
@@ -80,9 +85,9 @@ class Pump:
     async def run(self) -> None:
         """Move output until every pipe is at its end.
 
-        Raises OutputError as soon as the disk refuses; nothing is lost then, the pipes stay, and
-        the caller decides: run again later, discard the rest (`discard`, then run again), or end
-        the job.
+        Raises OutputError as soon as the disk or the budget refuses. Nothing is lost then, and the
+        pipes stay open. The caller decides: it may run the pump again later, discard the rest
+        (`discard`, then run again), or end the job.
         """
         failures: list[OutputError] = []
 
@@ -106,7 +111,7 @@ class Pump:
                 moved, cost = await self._spool.write(
                     partial(timed, partial(self._move_turn, stream))
                 )
-            except BlockingIOError:  # readable for another's sake, or no longer
+            except BlockingIOError:  # the pipe is empty after all
                 continue
             self._tell_if_capped()
             if not moved:
@@ -115,7 +120,7 @@ class Pump:
                 await self._rest(stream, moved, cost)
 
     async def _rest(self, stream: Stream, moved: int, cost_seconds: float) -> None:
-        """Rest after a move for other jobs' sake, unless nobody writes to the pipe any more."""
+        """Rest after a move so that others get the processor, unless the pipe has no writer."""
         pipe = self._pipes[stream]
         filled = moved / min(TURN_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ))
         seconds = self._pace.rest_after(
@@ -126,17 +131,17 @@ class Pump:
                 await self._hurried.wait()
 
     def hurry(self) -> None:
-        """End all rests of this moment: the job has exited, and its end waits for its output.
+        """End the present rests: the job has exited, and its end waits for its output.
 
-        What somebody outside of it writes thereafter has rests like any other output.
+        If a process outside of the job writes to a pipe later, its output has rests again.
         """
         self._hurried.set()
         self._hurried = trio.Event()
 
     async def drain(self) -> None:
-        """Move what stands in the pipes now, without waiting for the job. Not during `run`.
+        """Move the bytes that are in the pipes now, without waiting for more. Not during `run`.
 
-        Shielded from cancellation: what it waits for is the disk, and 1 MiB a pipe at most.
+        Shielded from cancellation: it waits only for the disk to take at most 1 MiB of each pipe.
         Raises OutputError as `run` does.
         """
         with trio.CancelScope(shield=True):
@@ -149,11 +154,11 @@ class Pump:
             self.capped.set()
 
     def discard(self) -> None:
-        """From now on discard everything: for a job that shall go on though the disk is full."""
+        """Discard all output from now on, so that the job can go on though the disk is full."""
         self._discarding = True
 
     def close(self) -> None:
-        """Close the pipes, at which the job's next write fails (EPIPE). Not during `run`."""
+        """Close the pipes, so that the job's next write fails with EPIPE. Not during `run`."""
         while self._pipes:
             os.close(self._pipes.popitem()[1])
 
@@ -166,7 +171,11 @@ class Pump:
     # --- in a thread ------------------------------------------------------------------------
 
     def _move_turn(self, stream: Stream) -> int:
-        """Move what stands in a pipe; while much comes, go on for a moment and save turns."""
+        """Move the bytes in a pipe. In a flood go on for a moment, which saves turns of the loop.
+
+        Returns the number of bytes that were moved or discarded; 0 at the pipe's end. Raises
+        BlockingIOError if the pipe is empty, OutputError.
+        """
         follows_another = time.monotonic() - self._turn_ended.get(stream, 0.0) < BUSY_SECONDS
         moved = self._move(stream, TURN_BYTES)
         is_flood = moved >= (BUSY_BYTES if follows_another else FLOOD_BYTES)
@@ -176,7 +185,7 @@ class Pump:
         return moved
 
     def _move_flood(self, stream: Stream, last: int) -> int:
-        """Go on after a move of `last` bytes: how many more were moved."""
+        """Go on after a move of `last` bytes. Returns how many more bytes were moved."""
         poll, ends_at, moved = select.poll(), time.monotonic() + FLOOD_SECONDS, 0
         poll.register(self._pipes[stream], select.POLLIN)
         while time.monotonic() < ends_at and poll.poll(FLOOD_PAUSE_MS):
@@ -184,7 +193,7 @@ class Pump:
                 time.sleep(GATHER_SECONDS)
             try:
                 last = self._move(stream, TURN_BYTES)
-            except (BlockingIOError, OutputError):  # the next turn meets it again
+            except (BlockingIOError, OutputError):  # the next turn meets the error again
                 break
             if not last:
                 break
@@ -192,7 +201,7 @@ class Pump:
         return moved
 
     def _move(self, stream: Stream, limit: int) -> int:
-        """Append or discard what stands in a pipe; 0 at its end, BlockingIOError where empty."""
+        """Append or discard at most `limit` bytes of a pipe. Results as for `_move_turn`."""
         if self._discarding:
             return self._discard(stream, limit)
         if self._max_bytes is not None:
@@ -207,13 +216,13 @@ class Pump:
         return self._append_within(self._budget, stream, limit)
 
     def _append_within(self, budget: OutputBudget, stream: Stream, limit: int) -> int:
-        # What stands in the pipe and its record, so that nothing is refused for want of more.
+        # Reserve no more than the bytes that wait: a nearly used-up budget need not refuse them.
         waiting = min(limit, self._waiting_bytes(stream))
-        room = budget.reserve(waiting) if waiting else 1  # an end needs no room
+        room = budget.reserve(waiting) if waiting else 1  # the pipe's end needs no room
         before = self._spool.written_bytes
         try:
             return self._spool.append_from_pipe(stream, self._pipes[stream], room)
-        finally:  # where the disk refuses the record alone, the bytes are there
+        finally:  # also after an error: if the disk refused only the record, the bytes are there
             moved = self._spool.written_bytes - before
             budget.release(waiting and room - moved)
             if moved:
@@ -221,7 +230,7 @@ class Pump:
                 self._spool.counted_bytes += moved + RECORD.size
 
     def _discard(self, stream: Stream, limit: int) -> int:
-        # read(2), not a splice to /dev/null: that takes a descriptor, and may fail for want of one.
+        # read(2), not a splice to /dev/null, which needs a descriptor that may not be left.
         discarded = len(os.read(self._pipes[stream], min(limit, DISCARD_BYTES)))
         try:
             while 0 < discarded < limit:
@@ -236,7 +245,7 @@ class Pump:
         return discarded
 
     def _drain(self, stream: Stream) -> None:
-        # The bytes that stand there now and no more: a job that writes on has no end.
+        # Only the bytes that are there now: a job that goes on writing would never end this.
         left = self._waiting_bytes(stream)
         while left and (moved := self._move(stream, left)):
             left -= moved
@@ -247,7 +256,7 @@ class Pump:
 
 
 def _has_no_writer(pipe: int) -> bool:
-    """Whether what stands in a pipe is all that will ever."""
+    """Whether no process has the write end of a pipe any more, so that no bytes will follow."""
     poll = select.poll()
-    poll.register(pipe, 0)  # a hang-up is told in any case
+    poll.register(pipe, 0)  # poll(2) reports POLLHUP without being asked to
     return bool(poll.poll(0))
