@@ -1,18 +1,20 @@
-"""Where in a log a reader begins: at an offset, at its last lines, or at a moment.
+"""Find the place in a log where a reader begins: at an offset, at the last lines, or at a time.
 
-Lines are counted in each stream on its own, since a stream's bytes are what its program wrote: a
-line begins with the stream's first byte, and with each byte after a line feed. The last N lines are
-those of the N latest first bytes. So a line of one stream that the other interrupts is one line,
-and each stream begins at a place of its own: at the merged offset where the first of them begins,
-the other may be in the midst of a line that is not wanted.
+Each stream has its own lines, as its program wrote them: a line begins with the stream's first
+byte, and with each byte after a line feed. The last N lines are the lines whose first bytes are the
+N latest in the log. A line stays one line if the other stream interrupts it. So each stream has a
+beginning of its own: at the merged offset where the first stream begins, the other may be in the
+middle of a line that the reader does not want.
 
-A line that has not ended goes on after the search. So what a stream starts with is a rule
-(`LineStart`), which holds for what comes later too: who begins with none of a line sees nothing of
-its rest, and who asks for a time to come sees nothing before it. Who asks for no line at all wants
-what comes from now on, all of it: a prompt, or the rest of a row of dots.
+A line that has not ended may go on after the search. So the result for a stream is a rule
+(`LineStart`), not an offset: it also applies to bytes that arrive later. A reader whose first line
+begins later sees nothing of the rest of the present line. A reader that asks for a time in the
+future sees nothing from before it. The exception is a reader that asks for the last 0 lines: it
+gets all bytes from now on, such as the rest of a prompt or of a row of dots.
 
-What is asked for in several ways begins at the latest of them. Every call reads the disk: the
-caller brings a thread, and a `pause` that may raise to end a search that nobody waits for any more.
+If a reader combines several conditions, the latest place counts. Every function here reads the
+disk, so the caller provides a thread. It also provides `pause`, a function that the search calls
+often and that may raise to cancel the search.
 """
 
 from bisect import bisect_left, bisect_right
@@ -26,28 +28,32 @@ from jobworker.model.job import Stream
 
 BLOCK_BYTES = 65_536
 FIRST_WINDOW, MAX_WINDOW = 8, 1024
-"""Records that a search for the last lines looks at together, at first and at most."""
+"""How many records a search for the last lines examines together: at first, and at most."""
 
 
 @frozen(kw_only=True)
 class Start:
-    """Where to begin."""
+    """The conditions for the place where a reader begins."""
 
     offset: int = 0
+    """The merged offset of the first byte."""
     tail_lines: int | None = None
+    """Only the last so many lines of the log; None: all."""
     since_ns: int | None = None
-    """Nanoseconds since the epoch: only lines whose first byte was seen then or later."""
+    """Only lines whose first byte was written then or later, in nanoseconds since the epoch."""
     starts: tuple[LineStart, ...] = ()
-    """What an earlier search found, of streams that have not begun; with `offset` alone."""
+    """The rules that an earlier search found and that the reader still needs. Only without
+    `tail_lines` and `since_ns`."""
 
 
 @frozen
 class StartPlace:
-    """Where to read from, and what to hide there."""
+    """The place from which to read, and what to hide after it."""
 
     offset: int
-    """Merged; no stream begins before."""
+    """The merged offset of the first byte to read. No stream begins before it."""
     starts: tuple[LineStart, ...] = ()
+    """The rule for each stream of which the bytes after `offset` may have to be hidden."""
 
 
 def find_start(
@@ -56,8 +62,11 @@ def find_start(
     streams: Collection[Stream] = BOTH,
     pause: Callable[[], None] = lambda: None,
 ) -> StartPlace:
-    """What `start` stands for, in whole lines. Raises OutputError where the disk fails."""
-    records = files.records  # once: it may grow meanwhile
+    """Find the place that `start` describes. Each of `streams` begins there with a whole line.
+
+    Raises OutputError if the disk fails, and whatever `pause` raises.
+    """
+    records = files.records  # read once: the log may grow meanwhile
     if start.tail_lines == 0 and start.since_ns is None:
         return StartPlace(max(start.offset, files.record(records - 1).size))
     first = dict.fromkeys(streams, 0)
@@ -76,9 +85,9 @@ def find_start(
 
 
 def bytes_before_line(files: OutputFiles, chunk: LogChunk, *, nowait: bool) -> int | None:
-    """How many of a chunk's bytes come before the first line that begins in it; None where none.
+    """How many bytes of a chunk come before the first line that begins in it; None if none does.
 
-    Errors as for `OutputFiles.read`.
+    `nowait` and errors: as for `OutputFiles.read`.
     """
     place = files.find(chunk.offset, nowait=nowait)
     position = place.skip + (
@@ -91,12 +100,15 @@ def bytes_before_line(files: OutputFiles, chunk: LogChunk, *, nowait: bool) -> i
 
 
 def _records_before(files: OutputFiles, records: int, since_ns: int) -> int:
-    """By bisection: a clock that was set back may make this some place near."""
+    """The number of records before the time `since_ns`, by bisection.
+
+    If the host's clock was set back, the times are not sorted, and the result is only near.
+    """
     return bisect_left(range(records), since_ns, key=lambda number: files.record(number).time_ns)
 
 
 def _merged(files: OutputFiles, records: int, stream: Stream, offset: int) -> int:
-    """The merged offset of a stream's byte; the log's end where it has not come yet."""
+    """The merged offset of the byte at `offset` of a stream; the log's end if it has not come."""
     number = bisect_right(
         range(records), offset, key=lambda number: files.record(number).length_of(stream)
     )
@@ -106,7 +118,7 @@ def _merged(files: OutputFiles, records: int, stream: Stream, offset: int) -> in
 
 @frozen
 class _Run:
-    """Consecutive bytes of one stream: where they stand in its file."""
+    """Consecutive bytes of one stream: the offsets in its file of the first and after the last."""
 
     stream: Stream
     start: int
@@ -120,12 +132,13 @@ def _find_tail(
     streams: Collection[Stream],
     pause: Callable[[], None],
 ) -> dict[Stream, int]:
-    """Where each stream's first one of the last lines begins in its file; its end if none does.
+    """The offset in each stream's file where the first of the last `lines` lines begins.
 
-    The index is searched from its end, a window of records at a time. A window whose lines are all
-    wanted is counted by its two ends alone, so that the way through an index of any length costs
-    one record and the window's bytes; only the window in which the tail begins is walked record
-    by record. Windows grow, for a short tail shall read little.
+    If none of them belongs to a stream, the result for the stream is its end. The search goes
+    through the index from its end, a window of records at a time. If all lines of a window are
+    wanted, the records at its two ends are enough to count them, so a window costs one record and
+    its bytes of output. Only the window in which the tail begins is examined record by record. The
+    first window is small, since most tails are short. The following windows grow.
     """
     after = files.record(records - 1)
     found = {stream: after.length_of(stream) for stream in streams}
@@ -151,7 +164,7 @@ def _find_tail(
 
 
 def _count_lines(files: OutputFiles, run: _Run, pause: Callable[[], None]) -> tuple[int, int]:
-    """How many lines begin within a run, and where the first of them does."""
+    """How many lines begin within a run, and the offset of the first one, or of the run's end."""
     total, first, end = 0, run.end, run.end
     while end > run.start:
         pause()
@@ -170,7 +183,11 @@ def _walk_window(
     found: dict[Stream, int],
     pause: Callable[[], None],
 ) -> None:
-    """Note in `found` where the last lines begin that begin in a window of records."""
+    """Store in `found` where the last `lines` lines of a window begin, in each stream's file.
+
+    `window`: the number of its first record, and that after its last one. It has at least so many
+    lines.
+    """
     for run in _runs_backwards(files, *window):
         end = run.end
         while lines and end > run.start and run.stream in found:
@@ -186,10 +203,10 @@ def _walk_window(
 
 
 def _block_before(files: OutputFiles, run: _Run, end: int) -> tuple[int, bytes | bytearray]:
-    """Where a block of a run that ends at `end` starts, and the byte before each of its bytes.
+    """The start of a block of a run that ends at `end`, and the byte before each of its bytes.
 
-    A line begins where that is a line feed. Before a stream's first byte, where its first line
-    begins, stands none: a line feed is put there.
+    A byte begins a line if the byte before it is a line feed. The stream's first byte begins a line
+    too but has no byte before it, so the result has a line feed for it.
     """
     start = max(run.start, end - BLOCK_BYTES)
     first = max(start - 1, 0)
@@ -198,8 +215,8 @@ def _block_before(files: OutputFiles, run: _Run, end: int) -> tuple[int, bytes |
 
 
 def _nth_last(data: bytes | bytearray, number: int, count: int) -> int:
-    """Where the last but `number - 1` of `count` line feeds stands."""
-    if number == count:  # as it mostly is: no look at each
+    """The index of the line feed that is number `number` from the end, of `count` line feeds."""
+    if number == count:  # the usual case, which needs no loop
         return data.index(b"\n")
     place = len(data)
     for _ in range(number):
@@ -208,7 +225,7 @@ def _nth_last(data: bytes | bytearray, number: int, count: int) -> int:
 
 
 def _runs_backwards(files: OutputFiles, first: int, last: int) -> Iterator[_Run]:
-    """The runs of the records from `first` to before `last`, the latest first."""
+    """Yield the runs of the records from `first` to before `last`, the latest first."""
     after = files.record(last - 1)
     run: _Run | None = None
     for before in map(files.record, range(last - 2, first - 2, -1)):
