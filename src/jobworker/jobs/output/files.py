@@ -1,30 +1,31 @@
 """A job's output on disk: the files `stdout`, `stderr` and `index` of one directory.
 
-Bytes go from the job's pipe to the end of a data file by splice(2), then a record goes to the
-end of the index (see `output.index`). What holds:
+splice(2) moves bytes from the job's pipe to the end of a data file. Then a record goes to the end
+of the index (`output.index`). What holds:
 
-- Data comes first, its record second. So the index never speaks of bytes that are not there,
-  and a process that dies at any moment leaves at most one range of bytes without a record.
-- `OutputFiles.open` makes good what a crash left. A torn record is cut. Records that claim more
-  than the data files hold are cut. Bytes without a record get one: stdout's, then stderr's,
-  stamped with their file's last change. So every byte on disk is in the log; only how the two
-  streams interleave within that last range may be lost. A crash of this process alone cuts no
-  record but a torn one: where others have to go, the data files have become shorter since
-  (a power cut, a repair, a copy put back). `lost` says by how much, and the log counts it as
-  discarded.
-- `OutputFiles.open_ended` changes nothing. Nobody writes to an ended job's files any more, so what
-  is wrong with them is no crash of a writer's, and may be put right by another hand. The records
-  that `open` would write stand in memory.
-- What the disk refuses stays in the pipe. Where it refuses only the record, the bytes are in the
-  log all the same: the record stands in memory, and no write is made before the disk has taken it.
-  A process that dies meanwhile changes nothing about the log: `open` makes the same record.
+- The data comes first, its record second. So the index never describes bytes that are not there,
+  and a process that dies leaves at most one range of bytes without a record.
+- `OutputFiles.open` repairs the files after a crash. It cuts off a torn record, and records that
+  describe more bytes than the data files hold. It makes a record for bytes without one: for
+  stdout, then for stderr, with the time of the file's last change. So every byte on the disk is in
+  the log. Only the order of the two streams within that last range may be lost. After a crash of
+  the process alone, at most a torn record is cut off. If more records have to go, the data files
+  have become shorter since (a power cut, a repair, an older copy). `lost` says by how much, and the
+  log counts these bytes as discarded.
+- `OutputFiles.open_ended` changes no file. The service does not write to an ended job's files any
+  more. So a fault in them does not come from a crash of the service, and an administrator may
+  repair it. The records that `open` would write are kept in memory.
+- Bytes that the disk refuses stay in the pipe. If the disk refuses only the record, the bytes are
+  in the log all the same: the record is kept in memory, and the next write has to store it first.
+  If the process dies before that, `open` makes the same record.
 
-No write waits for the disk. What a power cut may take is what was written since the file system's
-last write-back, until the job's end: then the spool has the disk take it all (`Spool.synced`).
+No write waits for the disk. While the job runs, a power cut may take the bytes that were written
+since the file system's last write-back. At the job's end the spool syncs the files
+(`Spool.synced`).
 
-One process writes, and a lock keeps others out; within it the caller makes one call at a time
-among those that write. Any number of threads may read. Every call may wait for the disk, and
-for nothing else: the caller brings a thread.
+One process writes, and a lock excludes others. Its caller makes one call at a time of those that
+write. Any number of threads may read. Every call may wait for the disk, and for nothing else, so
+the caller provides a thread.
 """
 
 import errno
@@ -63,33 +64,36 @@ from jobworker.model.job import Stream
 
 @define(eq=False)
 class OutputFiles:
-    """The three files of one job, open. `records` and `last` describe what can be read."""
+    """The three open files of one job. `records` and `last` describe the log that can be read."""
 
     _data: dict[Stream, int]
     _index: int
     _clock: Callable[[], int]
-    # Both in one, because readers in other threads must see them change together.
     _log: tuple[int, Record] = (0, EMPTY)
+    """The number of records and the last one. One tuple, since readers in other threads must see
+    both change together."""
     _written: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
     discarded_bytes: int = 0
     sealed: bool = False
     lost: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
-    """Bytes that records speak of and the data files do not have."""
+    """The bytes of each stream that records describe and the data file does not have."""
     _cut_records: int = 0
-    """Records at the end of the index that are not borne out."""
+    """How many records at the end of the index are not part of the log: they do not follow their
+    predecessor, or the data files have fewer bytes."""
     _unwritten: Mapping[int, Record] = MappingProxyType({})
-    """By number, the log's last records, where the index does not have them; never changed, but
-    replaced. Who reads asks for `records` first: a record that is not here then is in the index."""
-    _cache_can_be_asked: bool = True
+    """The log's last records that the index does not have, by number. A writer replaces the mapping
+    and never changes it. A reader reads `records` first: a record below that number is either here
+    or in the index."""
+    _can_read_cache_only: bool = True
+    """Whether the file system supports RWF_NOWAIT of preadv(2)."""
     directory: Path = field(default=Path(), kw_only=True)
-    """Where the files stood when they were opened."""
+    """The directory in which the files were opened."""
 
     @classmethod
     def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
-        """Make the files (mode 0600) in `directory`, made too where it is missing (mode 0700).
+        """Make the files in `directory`; see `create_files`.
 
-        Raises OutputError where one of them exists, as a link too, or cannot be made; none of
-        this call's making is left then. `clock` gives nanoseconds since the epoch.
+        `clock` returns nanoseconds since the epoch. Raises OutputError.
         """
         *data, index = create_files(directory)
         return cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
@@ -98,11 +102,11 @@ class OutputFiles:
     def open(
         cls, directory: Path, *, goes_on: bool = False, clock: Callable[[], int] = time.time_ns
     ) -> Self:
-        """Open the files that stand in `directory`: sealed ones to read, others to go on with.
+        """Open the files in `directory`: sealed files to read, others to write on after a repair.
 
-        Those of a job that `goes_on` are not sealed then: a writer that died may have sealed them,
-        and the end was never recorded. Raises NotFound where they are missing, Busy where another
-        writer has them, OutputError where the disk fails.
+        `goes_on`: the job still lives, so a seal is removed. A service that died may have sealed
+        the files without recording the end. Raises NotFound if the files are missing, Busy if
+        another process writes to them, OutputError if the disk fails.
         """
         with ExitStack() as undo:
             files = cls._open(directory, False, clock)
@@ -139,10 +143,10 @@ class OutputFiles:
 
     @classmethod
     def open_ended(cls, directory: Path) -> Self:
-        """Open what there is of an ended job's files to read; `lost` says what the index misses.
+        """Open the files of an ended job to read, as far as they are there. Changes no file.
 
-        An empty file stands for one that is missing. Raises NotFound where the directory is
-        missing, OutputError where the disk fails.
+        An empty file in memory replaces a missing one. `lost` says how many bytes are missing by
+        the index. Raises NotFound if the directory is missing, OutputError if the disk fails.
         """
         files = cls._open(directory, False, time.time_ns, partial=True)
         with ExitStack() as undo, disk_errors("open", directory):
@@ -156,65 +160,71 @@ class OutputFiles:
 
     @classmethod
     def look_at(cls, directory: Path, *, partial: bool = False) -> Self:
-        """Open what stands in `directory` as it is: nothing is recovered, nothing locked.
+        """Open the files in `directory` to read, without repair and without a lock.
 
-        With `partial` an empty file stands for one that is missing. Raises NotFound, OutputError.
+        `partial`: replace a missing file by an empty one in memory. Raises NotFound, OutputError.
         """
         return cls._open(directory, False, time.time_ns, partial=partial)
 
     @property
     def can_be_sealed(self) -> bool:
-        """Whether a seal may be added: no record has to be cut for it."""
+        """Whether the log is not sealed, and a seal can be added without cutting off records."""
         return not (self.sealed or self._cut_records)
 
     def size_on_disk(self) -> int:
-        """Bytes of the three files."""
+        """The size of the three files together, in bytes."""
         return sum(os.fstat(fd).st_size for fd in (*self._data.values(), self._index))
 
     def remove(self, directory: Path, *, force: bool) -> None:
-        """Remove the files, which stand in `directory`; see `remove_files`."""
+        """Remove the files, which stand in `directory`; see `remove_files` for errors."""
         remove_files(directory, self._index, force=force)
 
     def close(self) -> None:
-        """Close the files; a second call does nothing. Never while another call runs."""
+        """Close the files. A second call does nothing. No other call may be under way."""
         for fd in self.let_go():
             os.close(fd)
 
     def let_go(self) -> list[int]:
-        """The files, for the caller to close: none where that was done. Else like `close`."""
+        """Hand the descriptors to the caller, who closes them. Returns none the second time.
+
+        No other call may be under way.
+        """
         fds = [*self._data.values(), self._index] if self._data else []
         self._data = {}
         return fds
 
     def to_sync(self) -> list[int]:
-        """The files that hold output, which the disk may not have: none where there is none."""
+        """The descriptors of the files to sync: the data files with output, and the index.
+
+        None if there is no output.
+        """
         data = [fd for stream, fd in self._data.items() if self._written[stream]]
         return [*data, self._index] if data else []
 
     @property
     def last(self) -> Record:
-        """The state of the log: what readers can see of it."""
+        """The state of the log as readers can see it."""
         return self._log[1]
 
     @property
     def written_bytes(self) -> int:
-        """Bytes in the data files."""
+        """The number of bytes in the data files."""
         return sum(self._written.values())
 
     @property
     def records(self) -> int:
-        """How many records the log has."""
+        """The number of records of the log."""
         return self._log[0]
 
     # --- writing ----------------------------------------------------------------------------
 
     def append_from_pipe(self, stream: Stream, pipe_fd: int, limit: int) -> int:
-        """Move at most `limit` bytes (at least 1) that stand in a pipe to the end of the log.
+        """Move at most `limit` bytes (at least 1) of a pipe to the end of the log.
 
-        Returns how many; 0 when the pipe is empty and nobody can write to it any more. Raises
-        BlockingIOError when it is merely empty, OutputError when the disk refuses: some may have
-        been moved then (`written_bytes`). A pipe's bytes are gone from it only as far as they are
-        in the file (splice(2)).
+        Returns how many; 0 if the pipe is empty and has no writer any more. Raises BlockingIOError
+        if the pipe is empty, and OutputError if the disk refuses. Some bytes may have been moved
+        before an OutputError (`written_bytes`). Only bytes that are in the file have left the pipe:
+        splice(2).
         """
         with disk_errors("write"):
             self._flush()
@@ -232,17 +242,17 @@ class OutputFiles:
         return count
 
     def count_discarded(self, count: int) -> None:
-        """Note that `count` bytes were thrown away; whenever that doubles it, in the index too.
+        """Count `count` bytes as discarded. Whenever the count has doubled, add it to the index.
 
-        So a process that dies loses at most half of the count, and the index hardly grows. A full
-        disk is one of the reasons to throw away, so its refusal is no error here.
+        So a process that dies loses at most half of the count, and the index hardly grows. Raises
+        nothing if the disk refuses: a full disk is one of the reasons to discard.
         """
         self.discarded_bytes += count
         if self.discarded_bytes >= 2 * self.last.discarded_bytes:
             self.record_discarded()
 
     def seal(self) -> None:
-        """End the log. Where the disk refuses the last record, a later `open` will recover."""
+        """End the log. If the disk refuses the seal, a later `open` finds the log unsealed."""
         if self.sealed:
             return
         try:
@@ -254,7 +264,7 @@ class OutputFiles:
         self.sealed = True
 
     def record_discarded(self) -> bool:
-        """Have the index say how much was thrown away: whether the disk took that."""
+        """Write the exact count of discarded bytes to the index. Returns False if that fails."""
         try:
             with disk_errors("write"):
                 self._flush()
@@ -271,7 +281,10 @@ class OutputFiles:
         return True
 
     def _show_written(self, time_ns: int | None = None) -> None:
-        """Have the log tell of all that is written: a record a stream, in memory for now."""
+        """Add a record for the bytes of each stream that have none. It stays in memory for now.
+
+        `time_ns` is the time of the records; None: now.
+        """
         for stream, length in self._written.items():
             if length > self.last.length_of(stream):
                 now_ns = self._clock() if time_ns is None else time_ns
@@ -280,19 +293,22 @@ class OutputFiles:
                 self._log = (self.records + 1, record)
 
     def _flush(self) -> None:
-        """Have the index take the records that stand in memory."""
+        """Write the records that are in memory to the index. Raises OSError."""
         for number, record in self._unwritten.items():
             self._put(number, record)
         if self._unwritten:
             self._unwritten = {}
 
     def _write(self, record: Record) -> None:
-        """Add a record, once the index has all before it: the log has it when the disk took it."""
+        """Write a record to the index and add it to the log. Raises OSError; then it is in neither.
+
+        The index must have all records before it (`_flush`).
+        """
         self._put(self.records, record)
         self._log = (self.records + 1, record)
 
     def _put(self, number: int, record: Record) -> None:
-        # At an explicit offset: after a short write the next try overwrites the torn record.
+        # At an explicit offset: after a short write the next attempt overwrites the torn record.
         packed = record.pack()
         done = 0
         while done < RECORD.size:
@@ -301,12 +317,12 @@ class OutputFiles:
     # --- opening ----------------------------------------------------------------------------
 
     def _load(self) -> None:
-        """Find the last record that its predecessor and the data files bear out."""
+        """Find the last valid record: it follows its predecessor, and its data is there."""
         sizes = self._sizes()
         number = os.fstat(self._index).st_size // RECORD.size
         found = number
         record = self._read_record(number - 1)
-        told = EMPTY  # by the last record that its predecessor bears out
+        told = EMPTY  # the last record that follows its predecessor, whether its data is there
         while number:
             before = self._read_record(number - 2)
             if record.follows(before):
@@ -325,21 +341,24 @@ class OutputFiles:
         return {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
 
     def _show_all(self) -> None:
-        """Have the log tell of bytes without a record, stamped with their file's last change."""
+        """Add records for bytes that have none, with the time of their file's last change."""
         for stream, fd in self._data.items():
             status = os.fstat(fd)
             self._written[stream] = status.st_size
             self._show_written(status.st_mtime_ns)
 
     def record(self, number: int) -> Record:
-        """The state of the log after record `number`; before the first one (-1) it is empty."""
+        """Record `number` of the log; number -1 is the empty state before the first one.
+
+        Raises OutputError.
+        """
         with disk_errors("read"):
             return self._read_record(number)
 
     def read_stream(
         self, stream: Stream, offset: int, size: int, *, nowait: bool = False
     ) -> bytes | bytearray:
-        """`size` bytes of one stream from `offset` of its file on; errors as for `read`."""
+        """Read `size` bytes at `offset` of one stream's file. `nowait` and errors as for `read`."""
         with disk_errors("read"):
             return self._read(self._data[stream], size, offset, nowait)
 
@@ -348,7 +367,7 @@ class OutputFiles:
             return EMPTY
         if (record := self._unwritten.get(number)) is not None:
             return record
-        offset = number * RECORD.size  # never across two pages, so never read in part
+        offset = number * RECORD.size  # a record is never in two pages, so it is read whole
         return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
 
     def _cut_seal(self) -> None:
@@ -363,13 +382,13 @@ class OutputFiles:
                 self.discarded_bytes += lost
                 self.record_discarded()
             self._show_all()
-            with full_disk_may_refuse():  # then the next write tries again
+            with full_disk_may_refuse():  # the records stay in memory; the next write tries again
                 self._flush()
 
     # --- reading ----------------------------------------------------------------------------
 
     def find(self, offset: int, *, nowait: bool) -> Place:
-        """The place at merged `offset`, 0 to `last.size`. Errors as for `read`."""
+        """The place at merged `offset`, 0 to `last.size`. `nowait` and errors as for `read`."""
         with disk_errors("read"):
             number = bisect_right(
                 range(self.records), offset, key=lambda n: self._read_record(n, nowait).size
@@ -380,12 +399,12 @@ class OutputFiles:
     def read(
         self, place: Place, view: ReadFilter, *, nowait: bool
     ) -> tuple[LogChunk | None, Place]:
-        """Read the next bytes that `view` shows, and say where the reader stands then.
+        """Read the next bytes that the filter `view` shows. Returns them and the place after them.
 
-        At most `view.max_bytes`, from at most BLOCK_RECORDS records. No chunk means that those
-        records had nothing to show: go on from the new place unless it is the end of the log.
-        With `nowait` nothing but the page cache is read (preadv(2), RWF_NOWAIT), and
-        BlockingIOError says that a thread is needed.
+        Reads at most `view.max_bytes` bytes, of at most `BLOCK_RECORDS` records. The chunk is None
+        if the filter hides all of these records: read on from the new place, unless it is the end
+        of the log. Raises OutputError. With `nowait` it reads only from the page cache (preadv(2),
+        RWF_NOWAIT), and raises BlockingIOError if the bytes are not there: then read in a thread.
         """
         if place.number >= self.records:
             return None, place
@@ -399,7 +418,7 @@ class OutputFiles:
             if span is None:
                 return None, after
             data = self._read(self._data[span.stream], span.size, span.file_offset, nowait)
-        if len(data) < span.size:  # the page cache holds no more of it
+        if len(data) < span.size:  # the page cache does not have all of it
             after = span.start.plus(len(data))
         chunk = LogChunk(
             stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data
@@ -407,7 +426,7 @@ class OutputFiles:
         return chunk, after
 
     def _read_records(self, first: int, nowait: bool) -> bytes | bytearray:
-        """At most BLOCK_RECORDS records as they stand in the file."""
+        """The bytes of at most `BLOCK_RECORDS` records from number `first` on."""
         records, unwritten = self.records, self._unwritten
         count = min(BLOCK_RECORDS, min(unwritten, default=records) - first)
         if count > 0:
@@ -415,23 +434,23 @@ class OutputFiles:
         return b"".join(unwritten[number].pack() for number in range(first, records))
 
     def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes | bytearray:
-        """All `size` bytes, or with `nowait` at least one of them."""
+        """Read all `size` bytes, or with `nowait` at least one of them."""
         if not nowait:
             data = os.pread(fd, size, offset)
             if len(data) < size:
                 raise OutputError("cannot read the job's output: a file is shorter than its index")
             return data
-        if not self._cache_can_be_asked:
+        if not self._can_read_cache_only:
             raise BlockingIOError
         buffer = bytearray(size)
         try:
             count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:  # tmpfs, among others
-                self._cache_can_be_asked = False
+                self._can_read_cache_only = False
                 raise BlockingIOError from None
             raise
         if not count:
-            raise BlockingIOError  # past the end of the file: let the thread find the words
+            raise BlockingIOError  # the file has become shorter: the read in a thread reports it
         del buffer[count:]
         return buffer
