@@ -1,22 +1,22 @@
-"""The spool: a job's output, and those who follow it.
+"""The spool: a job's output and the followers that read it.
 
-The files are the truth (`output.files`). A follower is a place in them and a one-slot memory
-channel, which serves as a wake token: it is poked only while its follower is idle, that is, has
-read all there is and waits. So a slow follower lags alone, at the cost of an integer or two; a
-late one starts at 0; and a burst of a thousand lines wakes each idle follower once. Nothing is
-queued for anybody, nothing polls.
+Followers read the output from its files (`output.files`); nothing is queued for them. A follower is
+a place in the log and a memory channel with one slot, which holds a wake token. The spool puts the
+token there only while the follower is idle: it has read everything and waits. So a slow follower
+delays nobody and costs an integer or two, a late one starts at 0, and a burst of a thousand lines
+wakes each idle follower once. Nothing polls.
 
-Why no wake-up is lost: a writer makes bytes readable first (in its thread) and then calls
-`wake` (in Trio's thread); a follower looks for bytes and goes idle without a checkpoint between.
-Either it saw the bytes, or `wake` sees it idle.
+Why no wake-up is lost: a writer first makes bytes readable in its thread. Then it calls `wake` in
+Trio's thread. A follower checks for bytes and becomes idle without a checkpoint in between. So
+either the follower sees the bytes, or `wake` sees an idle follower.
 
-Followers read from the page cache on the event loop, and go to a thread only for what is not
-cached. Followers that come to one place get one and the same Chunk, so that a caller can encode
-it once (by identity).
+Followers read from the page cache in the event loop, and use a thread only for bytes that are not
+cached. Followers at the same place get the same LogChunk object, so the server encodes it once.
 
-The files are closed when the last user is gone: the owner, each follower, each call in a thread.
-Where they were removed meanwhile, that is a thread's work: the disk frees their blocks then.
-All but `create`, `open` and what `write` is given to run belong to Trio's thread.
+The files are closed when the last user is gone: the owner, each follower, each call in a thread. If
+the files were removed meanwhile, a thread closes them, since the file system then frees their
+blocks. All methods belong to Trio's thread, except `create`, `open`, `open_ended` and the functions
+that `write` runs.
 """
 
 import math
@@ -54,22 +54,25 @@ from jobworker.threads import in_thread
 T = TypeVar("T")
 
 RECENT_BYTES, MAX_RECENT = 1 << 20, 256
-READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
+"""The bounds on the recent chunks of a spool: their bytes, and their number."""
+READER_THREADS = 4
+"""The most threads that read from the disk for one spool, so that its readers leave threads to
+those of other spools."""
 
 
 @frozen
 class _Recent:
-    """What was read at a place, and where a reader goes on."""
+    """The chunk that was read at a place, and the place after it."""
 
     chunk: LogChunk
     after: Place
     was_all: bool
-    """Whether nothing followed it when it was read."""
+    """Whether the log ended with the chunk when it was read."""
 
 
 @frozen(kw_only=True)
 class SpoolStatistics:
-    """A spool at one moment."""
+    """The state of a spool at one moment."""
 
     stdout_bytes: int
     stderr_bytes: int
@@ -81,29 +84,30 @@ class SpoolStatistics:
 
     @property
     def truncated(self) -> bool:
-        """Whether some output was thrown away."""
+        """Whether some output was discarded."""
         return self.discarded_bytes > 0
 
 
 @define(eq=False)
 class Spool:
-    """One job's output: one writer, any number of followers."""
+    """One job's output, with one writer and any number of followers."""
 
     _files: OutputFiles
     sealed: bool = False
     missing: str = ""
-    """What an ended job has written and its files do not have, in words."""
+    """How many bytes of each stream an ended job has written and its files do not have, as text; ""
+    if none are missing."""
     counted_bytes: int = 0
-    """What the budget of all output counts of this, while the job lives."""
+    """How many bytes of this output `OutputBudget.live_bytes` includes."""
     sync_fault: str = ""
-    """Why the disk may not have the output, after `synced`."""
+    """Why the output may not be on the disk, once `synced` has ended; "" if it is there."""
     read_at: float = -math.inf
-    """When a follower came or read last, by the monotonic clock."""
+    """The time when a follower began or read last, by time.monotonic."""
     shut: bool = False
-    """Whether the files go, or are gone, though there may be followers."""
+    """Whether `shut_out` was called: the files are closed though there may be followers."""
     _idle: set[Follower] = field(factory=set)
     _to_poke: deque[Follower] = field(factory=deque)
-    """Those of them that are to look again, in turns."""
+    """Followers that were idle and are about to be woken, a few in each turn of the loop."""
     _poking: bool = False
     _followers: int = 0
     _users: int = 1
@@ -112,14 +116,16 @@ class Spool:
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
     _recent: dict[Hashable, _Recent] = field(factory=dict)
-    """What was read last, for others who come to the same place; in order of reading."""
+    """Chunks for other followers that come to the same place, in the order in which they were
+    read."""
     _recent_bytes: int = 0
 
     @classmethod
     def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
-        """Start an empty spool in `directory`, made too where it is missing. Call it in a thread.
+        """Make an empty spool in `directory`, which is made if it is missing. Call it in a thread.
 
-        Raises OutputError where a spool stands there already or the disk refuses.
+        `clock` returns nanoseconds since the epoch. Raises OutputError if there is a spool already
+        or if the disk refuses.
         """
         return cls(OutputFiles.create(directory, clock=clock))
 
@@ -129,20 +135,20 @@ class Spool:
     ) -> Self:
         """Open the spool in `directory`. Call it in a thread.
 
-        A sealed one can be read, by any number of openers at a time. Another was left by a
-        process that died: it is recovered (what that keeps: `output.files`), and can be written
-        on and sealed; so is that of a job which `goes_on`, sealed or not. Raises NotFound, Busy
-        (another writer is alive), OutputError.
+        A sealed spool is opened to read, by any number of openers at a time. If it is not sealed,
+        its writer died: the files are repaired (`output.files`), and the spool can be written on
+        and sealed. `goes_on`: the job still lives, so a seal is removed. Raises NotFound, Busy if
+        another writer is alive, OutputError.
         """
         files = OutputFiles.open(directory, goes_on=goes_on, clock=clock)
         return cls(files, sealed=files.sealed)
 
     @classmethod
     def open_ended(cls, directory: Path, written: Mapping[Stream, int]) -> Self:
-        """Open what there is of an ended job's output to read it. Call it in a thread.
+        """Open the output of an ended job to read, as far as it is there. Call it in a thread.
 
-        Nothing of it is changed. `written` is how many bytes of each stream the job's record tells
-        of: `check_whole` raises where the files have fewer. Raises NotFound, OutputError.
+        No file is changed. `written`: how many bytes of each stream the job has written by its
+        record. If the files have fewer, `check_whole` raises. Raises NotFound, OutputError.
         """
         files = OutputFiles.open_ended(directory)
         lost = list[str]()
@@ -155,36 +161,36 @@ class Spool:
 
     @classmethod
     def gone(cls, sync_fault: str = "") -> Self:
-        """The spool of an ended job whose files are not there: sealed, with nothing to read."""
+        """The spool of an ended job without files: sealed and empty."""
         return cls(OutputFiles({}, -1, time.time_ns), sealed=True, sync_fault=sync_fault)
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes that the log once had and that were gone when it was opened."""
+        """How many bytes of the log were missing when it was opened."""
         return sum(self._files.lost.values())
 
     @property
     def size(self) -> int:
-        """Bytes of both streams that can be read: the merged offset of the end."""
+        """How many bytes of both streams can be read: the merged offset of the log's end."""
         return self._files.last.size
 
     @property
     def last_ns(self) -> int:
-        """When the last record of the index was made, in ns since the epoch; 0 without one."""
+        """The time of the last record of the index, in ns since the epoch; 0 without one."""
         return self._files.last.time_ns
 
     @property
     def written_bytes(self) -> int:
-        """Bytes that the data files hold, at any moment of a write."""
+        """The number of bytes in the data files, also during a write."""
         return self._files.written_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Bytes that the index has."""
+        """The size of the index in bytes."""
         return self._files.records * RECORD.size
 
     def statistics(self) -> SpoolStatistics:
-        """The spool at this moment."""
+        """The present state of the spool."""
         last = self._files.last
         return SpoolStatistics(
             stdout_bytes=last.stdout_bytes,
@@ -199,23 +205,28 @@ class Spool:
     # --- writing ----------------------------------------------------------------------------
 
     def append_from_pipe(self, stream: Stream, pipe_fd: int, limit: int) -> int:
-        """See `OutputFiles.append_from_pipe`. Call it by `write`, which wakes the followers."""
+        """See `OutputFiles.append_from_pipe`. Have `write` call it, which wakes the followers."""
         return self._files.append_from_pipe(stream, pipe_fd, limit)
 
     def count_discarded(self, count: int) -> None:
-        """See `OutputFiles.count_discarded`. Call it by `write`."""
+        """See `OutputFiles.count_discarded`. Have `write` call it."""
         self._files.count_discarded(count)
 
     def restore_discarded(self, count: int) -> None:
-        """Count as thrown away what an earlier service has told of, if the index knows of less."""
+        """Count `count` bytes as discarded, by an earlier service's word, if the index has fewer.
+
+        Bytes that were missing when the spool was opened count in addition.
+        """
         known = self._files.discarded_bytes
         self._files.discarded_bytes = max(known, count + self.lost_bytes)
 
     async def write(self, work: Callable[[], T]) -> T:
-        """Run `work`, which writes to this spool, in a thread; then wake those who wait for it.
+        """Run `work`, which writes to this spool, in a thread, and then wake the idle followers.
 
-        One at a time, in order of arrival. Cancellation counts only until the thread starts:
-        then the work runs to its end, and data and index stay of one mind.
+        Returns the result of `work`. One thread at a time writes, in the order of the calls. Once
+        the thread has started, a cancellation does not interrupt it, so data and index stay
+        consistent. Raises trio.ClosedResourceError if the spool is sealed, and whatever `work`
+        raises.
         """
         if self.sealed:
             raise trio.ClosedResourceError("cannot write to a sealed spool")
@@ -226,18 +237,18 @@ class Spool:
                 self.wake()
 
     async def record_discarded(self) -> bool:
-        """Have the index say exactly how much was thrown away: whether it does.
+        """Write the exact count of discarded bytes to the index. Returns False if that fails.
 
-        For a writer that goes on under the next service. Cancelled like `write`.
+        For a job whose output the next service goes on with. Cancelled like `write`.
         """
         if self.sealed or self._files.discarded_bytes == self._files.last.discarded_bytes:
             return True
         return await self.write(self._files.record_discarded)
 
     async def seal(self) -> None:
-        """End the log, and every follower with its last byte; a second call does nothing.
+        """End the log, so that each follower ends after the last byte. A second call does nothing.
 
-        Shielded from cancellation: it waits for a write of some bytes and for nothing else.
+        Shielded from cancellation: it waits only for a write of some bytes.
         """
         with trio.CancelScope(shield=True):
             if not self.sealed:
@@ -246,7 +257,7 @@ class Spool:
         self.wake()
 
     def wake(self) -> None:
-        """Poke the idle followers: there is more to read, or nothing will come any more."""
+        """Wake the idle followers: there is more to read, or the log has ended."""
         self._to_poke.extend(self._idle)
         self._idle.clear()
         if not self._poking:
@@ -261,13 +272,12 @@ class Spool:
 
     @asynccontextmanager
     async def synced(self, job: JobId, owner: str) -> AsyncIterator[None]:
-        """Have the disk take the output (fdatasync(2)) beside what the block does.
+        """Sync the output to the disk (fdatasync(2)) while the block runs.
 
-        The output is that of `job`, and shares threads with that of the same `owner` alone.
-
-        Returns once both are done, or SYNC_SECONDS after its start: then the disk goes on by
-        itself, or is asked later. `sync_fault` says where the disk refused before that. Without
-        output this costs nothing.
+        `job` is the id of this spool's job. Jobs of the same `owner` share threads for their syncs.
+        Returns once both the block and the sync are done, or `SYNC_SECONDS` after the start
+        (`output.sync`): then the sync goes on in the background, or is done later. After that
+        `sync_fault` says whether the sync has failed. Without output this costs nothing.
         """
         files = self._files.to_sync()
         if not files:
@@ -296,12 +306,12 @@ class Spool:
         coalesce: bool = True,
         starts: tuple[LineStart, ...] = (),
     ) -> Follower:
-        """Follow the log from merged `offset` on; close the follower in the end (`with`).
+        """Return a follower that reads the log from merged `offset` on. Close it (`with`).
 
-        Only the bytes of `streams` are shown; offsets count all. Without `coalesce` no chunk
-        spans two records, so that each write that the job was seen to make has its time stamp.
-        The streams of `starts` begin with a line, as those say.
-        Raises InvalidParams where the log is shorter than `offset`.
+        `streams`: only their bytes are shown; offsets count the bytes of both. `coalesce`: see
+        `ReadFilter`. `starts`: the line with which each of these streams begins. Raises
+        InvalidParams if the log is shorter than `offset`, OutputError if the offset is in a missing
+        part of the log, FollowerStalled after `shut_out`, trio.ClosedResourceError after `close`.
         """
         self._check_not_shut()
         self.check_offset(offset)
@@ -314,7 +324,7 @@ class Spool:
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
 
     def check_offset(self, offset: int) -> None:
-        """Raise InvalidParams where the log is shorter than `offset`."""
+        """Raise InvalidParams if the log is shorter than `offset`; OutputError if it was longer."""
         if offset > self.size:
             self.check_whole()
         if not 0 <= offset <= self.size:
@@ -324,16 +334,16 @@ class Spool:
             )
 
     def check_whole(self) -> None:
-        """Raise OutputError where an ended job has written more than its files have."""
+        """Raise OutputError if an ended job has written more bytes than its files have."""
         if self.missing:
             raise OutputError(
                 f"cannot read all of the job's output: {self.missing} are missing on the server",
-                remedy="its files have become shorter since the job's end; they stay as they are, "
-                "and can be put back from a copy",
+                remedy="its files have become shorter since the job's end; have the server's "
+                "administrator put them back from a copy",
             )
 
     async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> StartPlace:
-        """Where `start` has a follower begin. Raises OutputError."""
+        """Find the place that `start` describes. Raises OutputError, FollowerStalled."""
         if start.tail_lines is None and start.since_ns is None:
             return StartPlace(start.offset, start.starts)
         self._check_not_shut()
@@ -342,18 +352,21 @@ class Spool:
             return await in_thread(search, limiter=self._readers)
 
     async def find(self, offset: int) -> Place:
-        """The place of a merged offset."""
-        return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
+        """The place at a merged offset. Raises OutputError, FollowerStalled."""
+        return await self._look_up(lambda nowait: self._files.find(offset, nowait=nowait))
 
     async def bytes_before_line(self, chunk: LogChunk) -> int | None:
-        """See `output.search.bytes_before_line`."""
-        return await self._ask(lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait))
+        """See `output.search.bytes_before_line`. Raises OutputError, FollowerStalled."""
+        return await self._look_up(
+            lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait)
+        )
 
     async def read(self, place: Place, view: ReadFilter) -> tuple[LogChunk | None, Place]:
-        """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk.
+        """See `OutputFiles.read`. A follower at a place that was just read gets the same chunk.
 
-        Where that was all there was, and as much again has come by now, it is read anew: followers
-        that are late would else have as many pieces to take as the first, and stay late.
+        If the log ended with that chunk, and has doubled its length from there since, the place is
+        read again: a late follower would otherwise get as many small chunks as the first one, and
+        stay late. Raises OutputError, FollowerStalled.
         """
         self.read_at = time.monotonic()
         key = (place, view.streams, view.coalesce, view.starts)
@@ -364,7 +377,9 @@ class Spool:
             if not (has_doubled and view.coalesce and 2 * size <= view.max_bytes):
                 return found.chunk, found.after
         there = self.size
-        chunk, after = await self._ask(lambda nowait: self._files.read(place, view, nowait=nowait))
+        chunk, after = await self._look_up(
+            lambda nowait: self._files.read(place, view, nowait=nowait)
+        )
         if chunk is not None and not self._closed and self._followers > 1:
             self._remember(key, _Recent(chunk, after, chunk.end >= there))
         return chunk, after
@@ -382,21 +397,22 @@ class Spool:
         self._recent.clear()
         self._recent_bytes = 0
 
-    async def _ask(self, question: Callable[[bool], T]) -> T:
-        """Read from the page cache at once, or else from the disk in a thread."""
+    async def _look_up(self, look: Callable[[bool], T]) -> T:
+        """Call `look(True)`, which reads the page cache, or else `look(False)` in a thread."""
         self._check_not_shut()
         try:
-            return question(True)
+            return look(True)
         except BlockingIOError:
             with self.in_use():
-                return await in_thread(question, False, limiter=self._readers)
+                return await in_thread(look, False, limiter=self._readers)
 
     # --- users ------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give up the owner's share; a second call does nothing.
+        """Close the spool for its owner. A second call does nothing.
 
-        Followers go on. Seal first, or they wait for what will never come.
+        Followers go on, and the files stay open for them. Seal the spool first: otherwise followers
+        wait for ever.
         """
         if not self._closed:
             self._closed = True
@@ -404,11 +420,14 @@ class Spool:
             self._release()
 
     def lend(self, when_closed: Callable[[], None]) -> None:
-        """Close as soon as nobody but the owner uses it any more, and call `when_closed` then."""
+        """From now on, close the spool once nobody but its owner uses it; then call `when_closed`.
+
+        For the spool of an ended job, whose owner is the archive.
+        """
         self._when_closed = when_closed
 
     def forget(self, follower: Follower) -> None:
-        """Give up a follower's share: for `Follower.close`."""
+        """Forget a follower that was closed. For `Follower.close`."""
         self._idle.discard(follower)
         self._followers -= 1
         if self._followers < 2:
@@ -418,13 +437,13 @@ class Spool:
 
     @property
     def has_files(self) -> bool:
-        """Whether the files are open."""
+        """Whether the spool has users, so its files are open."""
         return self._users > 0
 
     def shut_out(self) -> None:
-        """Close the files as soon as no thread uses them, for their descriptors.
+        """Close the files once no thread uses them, to free their descriptors.
 
-        Followers, who are not told, get FollowerStalled where they go on.
+        Followers are not woken. They get FollowerStalled from their next read.
         """
         self.shut = True
         self._forget_recent()
@@ -435,13 +454,13 @@ class Spool:
     def _check_not_shut(self) -> None:
         if self.shut:
             raise FollowerStalled(
-                "cannot go on with the job's output: others are reading that of as many ended "
-                "jobs as this service has descriptors for, and more of it was taken there",
+                "cannot go on with the job's output: the service has no file descriptor left for "
+                "the output of more ended jobs, and most of those open are this owner's",
                 remedy="follow again from the offset",
             )
 
     def await_poke(self, follower: Follower) -> None:
-        """Count a follower as idle: the next `wake` pokes it, once."""
+        """Count a follower as idle. The next `wake` wakes it, once."""
         self._idle.add(follower)
 
     def cancel_poke(self, follower: Follower) -> None:
@@ -450,7 +469,7 @@ class Spool:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the files open while the block lasts."""
+        """Keep the files open during the block."""
         self._hold()
         try:
             yield
@@ -472,11 +491,11 @@ class Spool:
 
 
 _closing = trio.lowlevel.RunVar[trio.CapacityLimiter]("closing")
-"""One thread at a time closes removed files: many may have many gigabytes to free."""
+"""One thread at a time closes removed files, since the file system may have gigabytes to free."""
 
 
 def _close(files: Sequence[int]) -> None:
-    """Close files: in a thread where they were removed."""
+    """Close files; if one of them was removed, in a thread."""
     if trio.lowlevel.in_trio_run() and any(not os.fstat(file).st_nlink for file in files):
         trio.lowlevel.spawn_system_task(_close_removed, files)
     else:
@@ -493,12 +512,12 @@ async def _close_removed(files: Sequence[int]) -> None:
 
 
 def as_of_now(record: JobRecord, spool: Spool) -> JobRecord:
-    """A job's record with what it has written so far; that of one that has ended says so itself."""
+    """The record of a job with its output's present sizes; of an ended job, `record` itself."""
     return record if record.ended else with_sizes(record, spool)
 
 
 def with_sizes(record: JobRecord, spool: Spool) -> JobRecord:
-    """A job's record with what its spool has, and what was thrown away, at this moment."""
+    """The record of a job with the sizes of `spool` at this moment, and its discarded bytes."""
     sizes = spool.statistics()
     return evolve(
         record,
