@@ -490,7 +490,7 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
             monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", 0)
             late = await run("alice")
             await late.ended.wait()
-            assert f"job {late.record.id}: the disk has not taken its output" in caplog.text
+            assert f"job {late.record.id}: its output is not synced after" in caplog.text
             while synced.count(str(late.record.id)) < 3:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             go_on.set()
