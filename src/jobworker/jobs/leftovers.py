@@ -1,9 +1,10 @@
-"""What is left of jobs that there are not, for a service that starts to remove.
+"""Removes, when a service starts, what is left of jobs that were removed or refused.
 
-A job may have been removed while its output was missing (its disk was not mounted, say): the
-history keeps that (`history.mark_output_missing`), and the output that is back goes. And a client
-may have been told that its job is refused before an earlier service could remove what it had made:
-the job's note says so (`job_note`). Neither is adopted.
+There are two kinds. A client may have removed a job while its output was missing, for instance
+because the disk was not mounted. The history has recorded that (`History.mark_output_missing`), and
+if the output is back, it is removed now. And an earlier service may have refused a job to its
+client, and ended before it could remove what it had made of the job. The job's note says so
+(`history.job_note`). Neither kind is adopted.
 """
 
 import logging
@@ -32,17 +33,18 @@ async def remove_leftovers(
     unknown: Collection[JobId],
     unfinished: Collection[JobId],
 ) -> frozenset[JobId]:
-    """Remove all that is left of jobs that there are not: which these are.
+    """Remove all that is left of jobs that were removed or refused. Returns their ids.
 
-    They may be among those that the history does not know, and those that have not ended there.
-    Raises InternalError.
+    `unknown`: jobs that the history does not know. `unfinished`: jobs that have not ended by the
+    history. The function looks for leftovers among both. Raises InternalError if the history
+    refuses, and JobworkerError if the launcher does.
     """
     refused = await in_thread(refused_of, spools, [*unknown, *unfinished])
     removed = await history.removed_without_output(frozenset(unknown) - refused)
     for job in sorted(refused | removed):
         if job in launcher.inherited:
             await have_forgotten(launcher, job)
-        if job in unfinished:  # a disk that failed may have brought it back
+        if job in unfinished:  # the record may have reached the disk though its write had failed
             await history.remove(job)
     await in_thread(_remove_output_of, spools, refused, "refused", "and stood there still")
     await in_thread(_remove_output_of, spools, removed, "removed", "while its output was missing")
@@ -50,7 +52,7 @@ async def remove_leftovers(
 
 
 def refused_of(spools: Path, jobs: Collection[JobId]) -> frozenset[JobId]:
-    """Those of the jobs whose clients were told that there is none. Waits for the disk."""
+    """Those of the jobs whose notes say that the service has refused them. Blocks."""
     return frozenset(job for job in jobs if was_refused(spools, job))
 
 
@@ -58,10 +60,10 @@ def _remove_output_of(spools: Path, jobs: Collection[JobId], what: str, when: st
     for job in sorted(jobs):
         directory = spools / str(job)
         try:
-            if os.path.lexists(directory):  # else its mark alone is left
+            if os.path.lexists(directory):  # if not, only its mark is left
                 remove_output(directory, force=True, ended=True)
             clear_mark(directory)
         except JobworkerError as error:
-            log.warning("job %d was %s, and what is in %s stays: %s", job, what, spools, error)
+            log.warning("job %d was %s, but its output in %s stays: %s", job, what, spools, error)
         else:
-            log.warning("job %d was %s %s: that goes now", job, what, when)
+            log.warning("job %d was %s %s: its output is removed now", job, what, when)

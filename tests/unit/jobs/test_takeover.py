@@ -208,7 +208,7 @@ async def test_output_that_cannot_be_read_keeps_no_service_from_its_start(
         NOW,
     )
     assert (taken.ids, history.never) == (frozenset(), {2})
-    assert "job 1 was removed, and what is in" in caplog.text
+    assert "job 1 was removed, but its output in" in caplog.text
     assert f"{ordinary_directory}/2 cannot be read (Permission denied)" in caplog.text
 
 
