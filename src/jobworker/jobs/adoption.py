@@ -1,17 +1,19 @@
-"""Jobs that the history does not know, or knows less of than their notes: adopted, never removed.
+"""Adoption: new records for jobs that the history does not know, or of which it knows too little.
 
-A history may be missing, or an older copy may stand in its place; a service may have died before
-it committed a job's first record. In each case output and live jobs are still there. What is known
-of such a job comes from the note beside its output (`job_note`); without a note, all that is known
-is that it was. Its record is made anew, so that whoever may see the job finds it again:
+The history may be missing, or an administrator may have put an older copy back, or a service may
+have died before it committed a job's first record. In each case output and live jobs are still
+there, and none of it is removed. The note beside the output (`history.job_note`) says what the job
+was. Without a note it is known only that there was a job. The service makes a record for the job,
+so that its owner, if the note names one, and clients with access to all jobs find it again:
 
     the launcher has it    the note says    so the record
     yes                    ended            is the note's, and the launcher forgets the job
-    yes                    anything else    says that it runs, without a time limit if no note is
+    yes                    anything else    says that the job runs; without a note: no time limit
     no                     ended            is the note's
-    no                     anything else    is FAILED, lost: nobody knows how far it came
+    no                     anything else    is FAILED with the reason "lost": its end is unknown
 
-A job that the history calls PENDING and whose note says more has run since: it must not run twice.
+If the history says that a job is PENDING and its note says that it has started, the note counts:
+the job must not run twice.
 """
 
 import logging
@@ -33,7 +35,7 @@ ADOPTED = "the history did not have this job: its record was made anew"
 
 
 def jobs_in(spools: Path) -> frozenset[JobId]:
-    """The jobs that have something in the spool directory, whatever that is."""
+    """The ids that name anything in the spool directory. Blocks. Raises OSError."""
     return frozenset(filter(None, (_job_of(entry.name) for entry in spools.iterdir())))
 
 
@@ -43,18 +45,18 @@ def _job_of(name: str) -> JobId | None:
 
 
 def read_notes(spools: Path, jobs: Iterable[JobId]) -> dict[JobId, JobRecord]:
-    """The notes of these jobs, where there are any. Waits for the disk."""
+    """The records by the notes of these jobs, for the jobs that have a note. Blocks."""
     found = {job: read_note(spools, job) for job in jobs}
     return {job: note for job, note in found.items() if note is not None}
 
 
 def newer_of(spools: Path, records: Iterable[JobRecord]) -> list[JobRecord]:
-    """These records, each as the history or the note knows more of the job. Waits for the disk."""
+    """For each of these records of the history, see `newer`. Reads the notes. Blocks."""
     return [newer(record, read_news(spools, record)) for record in records]
 
 
 def newer(record: JobRecord, note: JobRecord | None) -> JobRecord:
-    """Which of a record of the history and a note knows more of the job."""
+    """The record with the most that is known of a job, by the history's record and its note."""
     if note is None or record.ended:
         return record
     if note.ended or (record.state in WAITING and note.state not in WAITING):
@@ -71,7 +73,12 @@ def newer(record: JobRecord, note: JobRecord | None) -> JobRecord:
 def adopted(
     job: JobId, note: JobRecord | None, *, lives: bool, directory: Path, now: datetime
 ) -> JobRecord | None:
-    """The record of a job that the history does not have; None where there is no trace of one."""
+    """The new record of a job that the history does not have; None if there was no such job.
+
+    `lives`: whether the launcher has the job. `directory`: that of its output, which the function
+    looks into if there is neither a note nor a live job. `now`: the time of a record without a
+    note.
+    """
     if note is not None:
         return note if note.ended else evolve(note, detail=ADOPTED)
     if not lives and not _has_index(directory):
@@ -80,7 +87,7 @@ def adopted(
 
 
 def _has_index(directory: Path) -> bool:
-    """Whether a job's output stands in `directory`; where not, the log says so."""
+    """Whether `directory` has a job's output. If not, the log says so."""
     try:
         if (directory / "index").is_file():
             return True
@@ -92,7 +99,7 @@ def _has_index(directory: Path) -> bool:
 
 
 def log_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None:
-    """Say in the log what was adopted."""
+    """Log which jobs were adopted. `lives`: the jobs that the launcher has."""
     if not records:
         return
     ids = [record.id for record in records]
