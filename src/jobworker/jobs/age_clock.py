@@ -1,15 +1,16 @@
-"""The clock by which output is old: it goes by the time since boot, and doubts the time of day.
+"""The clock for the age of output: it goes by the time since boot and doubts the time of day.
 
-The time of day may be wrong for seconds or hours (a dead battery, a mistaken `date -s`, a guest
-that was resumed), and output that was deleted meanwhile does not come back. So a time of day counts
-only with a second witness: what this clock showed before, and the time since boot (CLOCK_BOOTTIME),
-which nobody can set. Where the time of day disagrees by more than TOLERANCE, this clock waits until
-it has disagreed by the same amount for PATIENCE, and then follows it. A host that was off for a
-month looks the same as a wrong clock after its boot: deleting waits there too. The clock never
-shows a time later than the time of day, so one that was set back deletes nothing either.
+The host's time of day may be wrong for seconds or hours (a dead battery, a mistaken `date -s`, a
+guest that was resumed). If retention deleted output by a wrong time, the output would be lost. So
+this clock compares the time of day with its own earlier time plus the time since boot
+(CLOCK_BOOTTIME), which no program can set. If the two disagree by more than TOLERANCE_NS, the clock
+goes on by the time since boot. Once they have disagreed by the same amount for PATIENCE_NS, it
+follows the time of day. A host that was off for a month looks the same as a host with a wrong clock
+after its boot, so retention waits there too. `now_ns` is never later than the time of day, so a
+time of day that was set back deletes nothing either.
 
-What it showed is kept in a file, since services come and go. Where there is none, the newest record
-is the witness.
+A file holds the clock's time from one service to the next. Without the file, the clock begins with
+the time of the newest record.
 """
 
 import errno
@@ -29,49 +30,54 @@ log = logging.getLogger("jobworker.jobs")
 
 SECOND = 1_000_000_000
 TOLERANCE_NS = 60 * SECOND
-"""What clocks may differ by when they are adjusted slowly."""
+"""The largest difference that does not count as a disagreement: NTP adjusts clocks slowly."""
 PATIENCE_NS = 24 * 3600 * SECOND
 KEEP_NS = 600 * SECOND
-"""How often the file is written; in between, the time since boot makes up for it."""
+"""How often the file is written. With the time since boot, an older time in it is as good."""
 FILE = "clock"
 MAX_BYTES = 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def boot_ns() -> int:
-    """The time since boot, suspension included."""
+    """The time since boot in nanoseconds, including suspension: clock_gettime(2)."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def boot_id() -> str:
-    """Names this boot of the host."""
+    """A text that differs for each boot of the host: random(4)."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
 
 
 @define(eq=False)
 class AgeClock:
-    """See the module. `now_ns` waits for the disk: one thread at a time."""
+    """The clock, described by this module. Its methods block; one thread at a time may call them.
+
+    Times are in nanoseconds, since the epoch or since boot.
+    """
 
     _path: Path
     _keeps: bool = True
-    """Whether to write the file: its one owner does, the service."""
+    """Whether to write the file. Only the service does; `worker prune` reads it."""
     _wall_ns: Callable[[], int] = time.time_ns
     _boot_ns: Callable[[], int] = boot_ns
     _boot_id: str = Factory(boot_id)
     _shown_ns: int = 0
-    """What this clock showed at `_at_ns` since boot; 0 before it has shown anything."""
+    """The time, since the epoch, that this clock had at `_at_ns`; 0 before `begin`."""
     _at_ns: int = 0
+    """The time since boot at which the clock was read last."""
     _differs_ns: int = 0
-    """By how much the time of day was ahead when it began to disagree."""
+    """How far the time of day was ahead of this clock when it began to disagree."""
     _since_ns: int | None = None
-    """When that was, since boot; None while both agree."""
+    """The time since boot at which it began to disagree; None while both agree."""
     _kept: tuple[int, int | None] | None = None
-    """When the file was written, since boot, and what it says of a disagreement."""
+    """The time since boot at which the file was written, and the `_since_ns` in it."""
 
     def begin(self, newest_ns: int) -> None:
-        """Take up what an earlier service has kept; else the newest record's time is the witness.
+        """Begin with the time in the file, or else with the time of the newest record.
 
-        0 says that there are no records: then nothing can be deleted too early.
+        `newest_ns` is 0 if there are no records: then the clock begins with the time of day, as
+        there is nothing to delete too early.
         """
         self._at_ns = self._boot_ns()
         self._shown_ns = newest_ns or self._wall_ns()
@@ -88,11 +94,11 @@ class AgeClock:
                 self._differs_ns = int(kept["differs_ns"])
 
     def now_ns(self) -> int:
-        """The time that output's age counts by, in ns since the epoch."""
+        """The time for the age of output, in ns since the epoch; not later than the time of day."""
         return min(self.steady_ns(), self._wall_ns())
 
     def steady_ns(self) -> int:
-        """The time as this clock has it, also where the time of day was set back."""
+        """This clock's time in ns since the epoch, also if the time of day was set back."""
         wall, boot = self._wall_ns(), self._boot_ns()
         shown = self._shown_ns + boot - self._at_ns
         differs = wall - shown
@@ -130,7 +136,7 @@ class AgeClock:
             with open(os.open(draft, flags, 0o600), "wb") as file:
                 file.write(text.encode())
             draft.replace(self._path)
-        except OSError as error:  # then an earlier time is the witness
+        except OSError as error:  # the file keeps an earlier time, which is good enough
             if error.errno not in _NO_ROOM:
-                what = "cannot keep the time that output's age counts by in %s: %s; see what it is"
+                what = "cannot write the clock for the age of output to %s: %s; check that file"
                 log.warning(what, self._path, error.strerror)
