@@ -1,17 +1,18 @@
-"""How a job is brought to its end: who asked for it, with what signals, and how long it has.
+"""Ends a job: a cause, a signal, a grace period, and then SIGKILL.
 
-A stop, the time-out and the policy for output all ask in the same way: a signal, a grace period,
-and then SIGKILL for all that is left. The earliest deadline counts, and each signal is delivered.
-A job that would not even notice the signal is killed at once (`sandbox.launcher.jobs.deliver`).
+A client's stop, the time-out and the policy for output end a job in the same way: the job gets a
+signal and a grace period, and then SIGKILL for all processes that are left. If several of them end
+a job, each signal is delivered, and the earliest deadline counts. A job that would not even notice
+the signal is killed at once (`sandbox.launcher.jobs.deliver`).
 
-What is said of an end is the cause that came first. Whoever asks second, or asks for the end of a
-job that has exited (its output may still be on its way), changes nothing about that.
+The job's record names the cause that came first. A later cause does not change it, and neither does
+a request after the job has exited, while its output may still be on its way.
 
 The cause and the deadline go to the launcher together with the signal
-(`sandbox.protocol.end_requests`), and no disk is asked before. So the next service knows both
-(`resume`): it sends no signal of its own, and kills when this one would have done so. A client
-whose connection broke asks it for the same stop again; for a while a signal that the job has got
-already is not sent a second time.
+(`sandbox.protocol.end_requests`), without waiting for a disk. So the next service knows both
+(`resume`): it sends no signal, and kills the job when this service would have done so. A client
+whose connection broke may ask the next service for the same stop again. For `REPEATS_SECONDS` that
+service does not send a signal again that the job has got already.
 """
 
 import errno
@@ -36,11 +37,11 @@ log = logging.getLogger("jobworker.jobs")
 
 MAX_PENDING_SIGNALS = 64
 _MAX_GRACE_SECONDS = 1e12
-"""What the launcher counts, in milliseconds."""
+"""The longest grace period that the launcher stores, as a number of milliseconds."""
 KILL_AGAIN_SECONDS = 1.0
 REPEATS_SECONDS = 120.0
-"""How long after a restart a stop by the same signal is taken for the earlier one, asked for again:
-a client that lost its connection does so as soon as it has another."""
+"""How long after a restart a stop with a signal that the job has got counts as a repetition. A
+client that lost its connection repeats its request as soon as it has connected again."""
 
 
 def _tell_nobody() -> None:
@@ -48,7 +49,7 @@ def _tell_nobody() -> None:
 
 
 class _Cause(Enum):
-    """Who asked for an end."""
+    """What ends a job: a client, the time-out, or the policy for output."""
 
     STOP = STOP
     TIMEOUT = TIMEOUT
@@ -57,24 +58,24 @@ class _Cause(Enum):
 
 @define(eq=False, kw_only=True)
 class Ending:
-    """What was asked for of one job, and the task that sees to it (`serve`)."""
+    """The requests to end one job, and the task that carries them out (`serve`)."""
 
     _job: JobId
     _launcher: LauncherClient
     _grace_seconds: float
-    """What a request that names no grace period gives."""
+    """The grace period of a request that names none."""
     _told: Callable[[], None] = _tell_nobody
-    """Called when the launcher was told of what was asked for, or could not be."""
+    """Called when the launcher has got a request, or could not get it."""
     exited: bool = field(default=False, init=False)
-    """Whether its end is known: what is asked for now is too late."""
+    """Whether the service knows that the job has exited: later requests are too late."""
     stopping: bool = field(default=False, init=False)
-    """Whether somebody asked for the job's end while it ran."""
+    """Whether a client asked for the job's end while it ran."""
     _cause: _Cause | None = field(default=None, init=False)
-    """What was asked for first."""
+    """The first cause; None while there is none."""
     _reached: bool = field(default=False, init=False)
-    """Whether a signal reached the job for it; else it ended by itself meanwhile."""
+    """Whether a signal reached the job. If not, the job has ended by itself."""
     _sent_before: frozenset[int] = field(default=frozenset(), init=False)
-    """Signals that an earlier service has sent."""
+    """The signals that an earlier service has sent."""
     _repeats_until: float = field(default=-math.inf, init=False)
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
@@ -85,24 +86,27 @@ class Ending:
 
     @property
     def under_way(self) -> bool:
-        """Whether anything has asked for the end of the job while it ran."""
+        """Whether there was any request to end the job while it ran."""
         return self._cause is not None
 
     def stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
-        """Somebody wants the job to end."""
+        """End the job at a client's request: send `number`, and kill after the grace period.
+
+        None is the default grace period.
+        """
         self.stopping = self.stopping or not self.exited
-        self._ask(_Cause.STOP, number, grace_seconds)
+        self._request(_Cause.STOP, number, grace_seconds)
 
     def stop_for_output(self) -> None:
-        """The policy for output wants the job to end."""
-        self._ask(_Cause.OUTPUT, signal.SIGTERM, None)
+        """End the job by the policy for output: SIGTERM and the default grace period."""
+        self._request(_Cause.OUTPUT, signal.SIGTERM, None)
 
     def go_on(self) -> None:
-        """Take what is asked for next as what an earlier service saw to, as far as it came."""
+        """Take the next request for one that an earlier service has carried out before its end."""
         self._reached = True
 
     def resume(self, asked: EarlierEndRequest) -> None:
-        """Go on with what an earlier service asked for: its cause, its deadline, no new signal."""
+        """Go on with an earlier service's request: same cause, same deadline, no new signal."""
         self._cause, self._reached = _Cause(asked.cause), True
         self.stopping = self._cause is _Cause.STOP
         now = trio.current_time()
@@ -110,11 +114,11 @@ class Ending:
         self._sent_before, self._repeats_until = asked.signals, now + REPEATS_SECONDS
 
     async def time_out(self, seconds: float | None) -> None:
-        """Ask for the end after so many seconds; None or 0 is never."""
+        """Wait so many seconds, then end the job by its time-out. None and 0 wait for ever."""
         await trio.sleep(math.inf if not seconds else max(0.0, seconds))
-        self._ask(_Cause.TIMEOUT, signal.SIGTERM, None)
+        self._request(_Cause.TIMEOUT, signal.SIGTERM, None)
 
-    def _ask(self, cause: _Cause, number: signal.Signals, grace_seconds: float | None) -> None:
+    def _request(self, cause: _Cause, number: signal.Signals, grace_seconds: float | None) -> None:
         if self.exited:
             return
         self._cause = self._cause or cause
@@ -122,16 +126,19 @@ class Ending:
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
         if number in self._sent_before and trio.current_time() < self._repeats_until:
             return
-        # It may have been told often enough, or have ended.
+        # Ignored if `MAX_PENDING_SIGNALS` wait, or if the job has ended.
         with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             self._signals.send_nowait(number)
 
     async def serve(self) -> None:
-        """Deliver signals as they are asked for, and kill at the end of the grace period."""
+        """Deliver the signals of requests, and kill the job at the end of the grace period.
+
+        Returns when the job was killed or has ended, or when the launcher is gone.
+        """
         with self._grace:
             async for number in self._wanted:
                 try:
-                    delivered = await self._launcher.signal(self._job, number, self._as_ask())
+                    delivered = await self._launcher.signal(self._job, number, self._end_request())
                 except JobworkerError as error:
                     if _has_ended(error):
                         return
@@ -141,14 +148,14 @@ class Ending:
                     self._told()
                 self._reached = True
                 if not delivered:
-                    break  # it would not even notice: waiting for it is in vain
+                    break  # the job would not notice the signal: waiting would be in vain
         await self._kill()
 
     async def _kill(self) -> None:
-        """Kill the job, however often that has to be tried."""
+        """Kill the job. Tries again until the launcher does it or the job has ended."""
         while True:
             try:
-                await self._launcher.kill(self._job, self._as_ask())
+                await self._launcher.kill(self._job, self._end_request())
             except JobworkerError as error:
                 if _has_ended(error):
                     return
@@ -160,13 +167,14 @@ class Ending:
             finally:
                 self._told()
 
-    def _as_ask(self) -> EndRequest:
+    def _end_request(self) -> EndRequest:
+        """The cause and the time until the kill, as the launcher stores them."""
         assert self._cause is not None
         seconds = min(self._grace.deadline - trio.current_time(), _MAX_GRACE_SECONDS)
         return EndRequest(self._cause.value, max(0, math.ceil(seconds * 1000)))
 
     def verdict(self, ending: JobExit | None) -> tuple[Event, Reason | None]:
-        """What is said of an end; None is a launcher that went under the job."""
+        """The event and the reason of an end. None: the launcher ended while the job ran."""
         if ending is None:
             return Event.FAIL, Reason.LOST
         cause = self._cause if self._reached else None
@@ -189,10 +197,10 @@ class Ending:
         return None
 
     def close(self) -> None:
-        """The job has ended: whoever asks now asks in vain.
+        """Ignore later requests: the job has ended.
 
-        The execution, which is told, refers to this object. So this object lets go of it: Python
-        collects cycles seldom, and until then all of an ended job would stay in memory.
+        `told` belongs to the execution, which refers to this object. So this object drops it:
+        Python collects cycles seldom, and until then all of an ended job would stay in memory.
         """
         self._signals.close()
         self._wanted.close()
@@ -200,10 +208,9 @@ class Ending:
 
 
 def _has_ended(error: JobworkerError) -> bool:
-    """Whether a refusal says that there is nobody to be reached any more: the job or the launcher
-    has ended, or this service ends.
+    """Whether a refusal says that the job or the launcher has ended, or that this service ends.
 
-    Any other says that the launcher lacked something for a moment.
+    Any other refusal says that the launcher lacked something for a moment.
     """
     gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
     return gone or error.data.get("errno") == errno.ESRCH
@@ -212,15 +219,18 @@ def _has_ended(error: JobworkerError) -> bool:
 def _is_of_memory(ending: JobExit) -> bool:
     """Whether the job ended for want of memory.
 
-    At its own limit the job ends as a whole. Elsewhere a process of it may have been killed, and
-    the program gone on to an end of its own.
+    At its own limit a job is killed as a whole. If the host lacked memory, the kernel may have
+    killed one process only, and the program may have gone on to its own end.
     """
     killed = ending.signal == signal.SIGKILL
     return ending.want == "limit" or (ending.want != "" and killed)
 
 
 def memory_words(ending: JobExit, reason: Reason | None) -> str:
-    """What is to be said of kills for want of memory that were not for the job's own limit."""
+    """The detail of an end with kills for want of memory, if the job's own limit was not the cause.
+
+    Else "".
+    """
     if ending.want == "kernel" and reason is Reason.OOM:
         return (
             f"it was {KILLED_FOR_MEMORY}: it held more of the kernel's own than a job may, "
