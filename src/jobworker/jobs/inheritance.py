@@ -1,4 +1,7 @@
-"""What a service has of the jobs of an earlier one, and how it lets go of one in the launcher."""
+"""The jobs that a service takes over from an earlier one, as data; and giving up one of them.
+
+`jobs.takeover` makes this data.
+"""
 
 from attrs import Factory, define
 
@@ -11,7 +14,7 @@ from jobworker.sandbox.service.launcher_client import LauncherClient
 
 @define(eq=False)
 class RunningJob:
-    """A job that goes on."""
+    """A job whose program the launcher still runs, or whose exit the launcher has kept."""
 
     record: JobRecord
     spool: Spool
@@ -21,7 +24,7 @@ class RunningJob:
 
 @define(eq=False)
 class WaitingJob:
-    """A job that waits again."""
+    """A job that waits again for its start."""
 
     record: JobRecord
     spool: Spool
@@ -29,7 +32,7 @@ class WaitingJob:
 
 @define(eq=False)
 class EndedJob:
-    """A job that has ended, and whose end the history may have refused."""
+    """A job that has ended. The history may have refused the record of its end."""
 
     record: JobRecord
     spool: Spool
@@ -37,7 +40,7 @@ class EndedJob:
 
 @define(eq=False)
 class Takeover:
-    """What was taken over, in the order of ids."""
+    """The jobs that were taken over, in the order of their ids."""
 
     running: list[RunningJob] = Factory(list)
     waiting: list[WaitingJob] = Factory(list)
@@ -45,7 +48,7 @@ class Takeover:
 
     @property
     def ids(self) -> frozenset[JobId]:
-        """The jobs that were taken over."""
+        """The ids of all of these jobs."""
         every: list[RunningJob | WaitingJob | EndedJob] = [
             *self.running,
             *self.waiting,
@@ -55,12 +58,12 @@ class Takeover:
 
 
 async def have_forgotten(launcher: LauncherClient, job: JobId) -> None:
-    """Have the launcher forget a job that it has kept, and kill it if it lives."""
+    """Have the launcher kill and forget a job that it has kept. Raises JobworkerError."""
     let_go(*launcher.inherited[job])
-    await launcher.begin_to_remove(job)  # a start waits for its place, where it needs that
+    await launcher.begin_to_remove(job)  # a later start waits for the place, if it needs it
 
 
 def let_go(started: Started, exits: Exits) -> None:
-    """Close what came of a job with the launcher's list."""
+    """Close the pipes and the channel that the launcher's list has given for a job."""
     close_all([started.stdout, started.stderr])
     exits.close()
