@@ -1,8 +1,8 @@
-"""A job's output as an earlier service has left it: to go on with, to seal, or to read.
+"""The output that an earlier service has left of a job: opened to go on, sealed, or opened to read.
 
-Output goes on exactly where it ends: what a service has moved is in the files, and what it has not
-is in the pipes, which the launcher kept. A live job whose files are gone or unreadable goes on with
-new ones; what stood in their place is set aside.
+The output of a live job goes on exactly where it stopped: the files have the bytes that the earlier
+service has moved, and the pipes, which the launcher has kept, have the others. If the files of a
+live job are gone or unreadable, its output goes on in new files, and the old ones are set aside.
 """
 
 import errno
@@ -39,18 +39,20 @@ log = logging.getLogger("jobworker.jobs")
 _OF_THE_HOST = frozenset(
     {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK}
 )
+"""Errors that say nothing about the files: the host lacks something, or its disk fails."""
 
 
 async def open_spool(
     directory: Path, record: JobRecord, now: datetime, *, lives: bool, ended: bool
 ) -> tuple[Spool, JobRecord]:
-    """Open a job's output, or make it anew, which its record then says.
+    """Open a job's output, or make new files. Returns the spool, and the record that tells of it.
 
-    Of one that has `ended` the output may have had to go for the disk to take the record of that,
-    and the service may have been killed between the two. That of one that has not may be sealed: by
-    a service that was killed before it had recorded an end, such as a stop's. Raises OutputError,
-    and InternalError where it is the host that lacks something: output that may be whole is not set
-    aside.
+    `lives`: whether the launcher has the job. `ended`: whether it has the job's exit too. If the
+    job has ended, its output may have been removed so that the disk could take the record of the
+    end, and the service may have been killed between the two. If it has not ended, its output may
+    still be sealed, by a service that was killed before it had recorded an end. Raises OutputError
+    if new files cannot be made. Raises InternalError if the host lacks something: then the output
+    may be whole, and is not set aside.
     """
     try:
         spool = await in_thread(partial(Spool.open, directory, goes_on=not ended))
@@ -64,17 +66,17 @@ async def open_spool(
         return Spool.gone(), evolve(record, output_removed_at=now)
     kept = await in_thread(_set_aside, directory)
     spool = await in_thread(Spool.create, directory)
-    with suppress(OutputError):  # it goes on without one
+    with suppress(OutputError):  # the job goes on without a note
         await in_thread(make_note, directory.parent, record)
     where = f"; it is set aside as {kept}" if kept else ""
     log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
-    if not lives:  # it has written nothing yet
+    if not lives:  # the job has not started, so it has written nothing
         return spool, record
     return spool, record.noted(f"output from before {now:%F %T} UTC is missing")
 
 
 def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
-    """The record of a job that goes on, with a word about output that is gone since it was kept."""
+    """The record, with a note if the job's files have become shorter since they were written."""
     if not spool.lost_bytes:
         return record
     note = f"{spool.lost_bytes} bytes of output from before {now:%F %T} UTC are missing"
@@ -83,7 +85,7 @@ def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
 
 
 def _set_aside(directory: Path) -> Path | None:
-    """Move away what stands where a job's output belongs: where to, if anything stood there."""
+    """Move a job's output away. Returns where to, or None if there is nothing at `directory`."""
     aside = directory.parent.parent / "set-aside"
     kept = aside / f"{directory.name}-{time.time_ns()}"
     try:
@@ -92,12 +94,15 @@ def _set_aside(directory: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise OutputError(f"cannot set aside {directory}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot set aside {directory}: {error.strerror}",
+            remedy=f"check the owner and the disk of {aside}",
+        ) from error
     return kept
 
 
 def _is_of_the_host(error: JobworkerError) -> bool:
-    """Whether opening output failed for a reason that has nothing to do with what stands there."""
+    """Whether output could not be opened for a reason that is not in its files."""
     if isinstance(error, (OutOfDescriptors, Busy)):
         return True
     cause = error.__cause__
@@ -105,6 +110,7 @@ def _is_of_the_host(error: JobworkerError) -> bool:
 
 
 def cannot_go_on(job: JobId, error: JobworkerError) -> InternalError:
+    """The error for a live job whose output cannot be kept: the service does not start."""
     return InternalError(
         f"cannot go on with job {job}: {error.message}; nothing of it was changed",
         remedy=error.remedy or "see to the disk and the limits of the service, and start it again",
@@ -112,7 +118,10 @@ def cannot_go_on(job: JobId, error: JobworkerError) -> InternalError:
 
 
 async def _open_ended(spools: Path, record: JobRecord) -> Spool:
-    """The output of a job that the launcher does not have: to read, if its end is known."""
+    """Open the output of a job that the launcher does not have; to read if the record has its end.
+
+    Without output it is an empty spool. Raises InternalError if the host lacks something.
+    """
     directory = spools / str(record.id)
     open_it = partial(Spool.open_ended, written={}) if record.ended else Spool.open
     try:
@@ -126,14 +135,14 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
 
 
 async def end_as_told(spools: Path, record: JobRecord, now: datetime) -> EndedJob:
-    """The end of a job as its note tells it: its output may have had to go meanwhile."""
+    """The end of a job by `record`, which comes from its note. Its output may be removed."""
     if await in_thread(was_removed, spools / str(record.id)):
         record = evolve(record, output_removed_at=record.output_removed_at or now)
     return EndedJob(record, await _open_ended(spools, record))
 
 
 async def end_again(spools: Path, history: History, job: JobId) -> EndedJob:
-    """A job whose end is recorded, with its output as far as that is there."""
+    """A job whose end the history has, with its output as far as that is there."""
     record = await history.summary(job)
     assert record is not None
     try:
@@ -146,9 +155,9 @@ async def end_again(spools: Path, history: History, job: JobId) -> EndedJob:
 
 
 async def sync(ended: Sequence[EndedJob]) -> None:
-    """Have the disk take the output of ended jobs; where it refuses, the record says so.
+    """Sync the output of ended jobs to the disk. If that fails for a job, its record says so.
 
-    That of all at a time: the start of the service waits no longer than the end of one job does.
+    All are synced together, so the start of the service waits no longer than the end of one job.
     """
     async with AsyncExitStack() as under_way:
         for each in ended:
@@ -161,7 +170,10 @@ async def sync(ended: Sequence[EndedJob]) -> None:
 
 
 async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> EndedJob:
-    """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
+    """Seal the output of a job that the launcher does not have. Returns its end, not yet recorded.
+
+    `detail`: why the job is lost, for its record.
+    """
     spool = await _open_ended(spools, record)
     spool.restore_discarded(record.discarded_bytes)
     record = _with_losses(record, spool, now)
@@ -170,7 +182,7 @@ async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> E
     ended_at = now
     if spool.sealed and spool.last_ns:
         ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
-    # The time of day may have been set back since.
+    # The time of day may have been set back since the job began.
     record = evolve(record, ended_at=max(ended_at, record.started_at or record.created_at))
     try:
         await spool.seal()
