@@ -1,7 +1,7 @@
-"""Jobs as they are looked up: live ones from memory, ended ones from history and archive, as one.
+"""Functions of the supervisor's look-ups, which find live jobs in memory and others in the history.
 
-A live job's record in the history is older than the one in memory, or tells of an end that may not
-be told yet, so the one in memory is shown. Pure but for the spool that is searched.
+The record in memory of a live job counts. The history's record of it is older, or has an end that
+no client may know yet. No I/O here but the search in a spool.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -19,19 +19,22 @@ from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
 LIVE_AT_A_TIME = 20
-"""Live records that are made into JSON before others get their turn: under a millisecond."""
+"""The number of live records that become JSON in one turn of the event loop, in less than 1 ms."""
 
 
 async def page_of(
     live: Mapping[JobId, Execution], stored: Page, wanted: Filter, limit: int
 ) -> Page:
-    """At most `limit` summaries, newest first, of live jobs and of a page of the history."""
-    floor = stored.next or 0  # what is older belongs to a later page
+    """Return a page of at most `limit` summaries, newest first, of live jobs and of `stored`.
+
+    `stored`: the page of the history for the same search.
+    """
+    floor = stored.next or 0  # older jobs belong to a later page
     seen = [e for e in live.values() if e.record.id >= floor and wanted.fits(e.record)]
     merged: dict[int, tuple[JobRecord, Spool] | str] = dict(stored.records)
-    for job in live:  # its record in memory says whether it fits
+    for job in live:  # the history's record of a live job is out of date
         merged.pop(job, None)
-    # As they were when they fitted: they may end before others have had their turn.
+    # Keep the records as they fitted: jobs may end while other tasks have their turns.
     merged.update((each.record.id, (each.record, each.spool)) for each in seen)
     found, size = list[tuple[int, str]](), 0
     for number in sorted(merged, reverse=True)[:limit]:
@@ -50,10 +53,10 @@ async def page_of(
 async def follow_from(
     spool: Spool, start: Start, streams: Collection[Stream], coalesce: bool
 ) -> Follower:
-    """A follower that begins where `start` says. Raises as `Spool.follow` and `find_start` do.
+    """Return a follower that begins where `start` says. Raises as `follow` and `find_start` do.
 
-    The search is the follower's own: the job may end meanwhile and its execution close the spool,
-    which then stays open for this follower.
+    The follower exists before the search: if the job ends meanwhile and its execution closes the
+    spool, the files stay open for this follower.
     """
     follower = spool.follow(streams=streams, coalesce=coalesce)
     try:
@@ -65,7 +68,7 @@ async def follow_from(
 
 
 def output_of(executions: Iterable[Execution]) -> int:
-    """Bytes of what has ended and is not in the archive yet."""
+    """The bytes of output of those of `executions` that have ended and are not in the archive."""
     ended = [each for each in executions if each.ended.is_set()]
     records = [each.record for each in ended if not each.archived.is_set()]
     return sum(each.stdout_bytes + each.stderr_bytes for each in records)
