@@ -1,4 +1,4 @@
-"""What a client's request becomes: the job's first record, and what the launcher is asked for."""
+"""A client's request as the job's first record, and as the order for the launcher. Pure."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +11,10 @@ from jobworker.sandbox.start.plan import Order
 def first_record(
     job: JobId, spec: JobSpec, owner: str, *, timeout_seconds: float, now: datetime
 ) -> JobRecord:
-    """The record of a job that has just come; `timeout_seconds` is for one that names none."""
+    """The first record of a job, without its secrets. `spec` is the client's request.
+
+    `timeout_seconds`: the time limit of a request that names none; 0 is none.
+    """
     if spec.timeout_seconds is not None:
         timeout_seconds = spec.timeout_seconds
     shown = spec.without_secrets(timeout_seconds=timeout_seconds)
@@ -19,7 +22,7 @@ def first_record(
 
 
 def order_of(spec: JobSpec, job: JobId, secret_environment: Mapping[str, str]) -> Order:
-    """The order for a job; `spec` has every default filled in."""
+    """The launcher's order for a job. `spec` has every default filled in, and no secrets."""
     return Order(
         hostname=f"job-{job}",
         arguments=spec.command,
@@ -36,7 +39,7 @@ def order_of(spec: JobSpec, job: JobId, secret_environment: Mapping[str, str]) -
 
 
 def limits_of(spec: JobSpec) -> cgroups.ScopeLimits:
-    """What its control groups bound."""
+    """The limits that the job's control groups enforce."""
     limits = spec.limits
     return cgroups.ScopeLimits(
         cpu_percent=limits.cpu_percent or 0,
