@@ -1,10 +1,11 @@
 """Quotas: what the live jobs of one name may have together. Pure.
 
-Each live job counts with its limits, not with its use, so what is promised can be had; waiting jobs
-count like running ones, or one tenant could fill the queue. Output counts with what ended jobs of
-the name have left on disk and the caps of live ones.
+A live job counts with its limits, not with its use, so every job can use all that it was promised.
+Waiting jobs count like running ones: otherwise one tenant could fill the queue. For output, the
+limits of live jobs count, and the bytes that ended jobs of the name have on the disk.
 
-A job that asks for no limit upon something that has a quota is refused: there is no sum with it.
+If a quota bounds something, a job has to ask for a limit on it. A job without a limit is refused,
+since it cannot be added up.
 """
 
 from collections.abc import Iterable
@@ -25,17 +26,19 @@ _MEASURES = (
 
 @frozen
 class QuotaUse:
-    """What a name has already."""
+    """What the jobs of a name have already."""
 
     live: tuple[Limits, ...]
+    """The limits of each live job."""
     kept_output_bytes: int = 0
+    """The bytes of output of ended jobs."""
 
 
 def check_quota(quota: Quota, use: QuotaUse, wanted: Limits) -> None:
-    """Raise QuotaExceeded unless one more job with these limits fits.
+    """Raise QuotaExceeded unless one more job with the limits `wanted` fits.
 
-    `data` has the quota's name, its `limit`, what is `used`, and what was `asked` for (null where
-    that was no limit).
+    The error's `data` has the name of the `quota`, its `limit`, and how much is `used` and `asked`
+    for (None if the job asks for no limit).
     """
     if quota.jobs and len(use.live) >= quota.jobs:
         raise QuotaExceeded(
@@ -68,7 +71,7 @@ def check_quota(quota: Quota, use: QuotaUse, wanted: Limits) -> None:
 
 
 def _remedy(use: QuotaUse, never: bool, is_output: bool, option: str) -> str:
-    """What makes room for a job. `never`: the quota has not enough room even when it is unused."""
+    """How to make room for a job. `never`: it would not fit even if the quota were unused."""
     less = f"ask for less {option}"
     if never:
         return less
