@@ -1,8 +1,8 @@
-"""Which jobs are being removed by force at this moment, for those who follow them.
+"""The jobs that are being removed by force at this moment.
 
-A removal by force takes the output away from its followers, who are told at the end that the job
-was removed. Several callers may remove one job at a time: the mark stays until the last of them has
-done it, or has given up.
+A removal by force takes the output away from its followers. Their subscriptions look here, and tell
+the clients that the job was removed. Several callers may remove one job at a time: it stays here
+until the last of them has finished or failed.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ class Removals:
 
     @contextmanager
     def marked(self, job: JobId) -> Iterator[None]:
-        """Have a job stand among them as long as the block runs."""
+        """Count a job as being removed during the block."""
         self._callers[job] += 1
         try:
             yield
