@@ -1,7 +1,8 @@
-"""The values of a job's secret variables, from its admission to its start: in memory alone.
+"""The values of a job's secret variables, from its admission to its start. Only memory has them.
 
-A thousand jobs may wait with a megabyte each. As objects these would take five times that, so they
-are kept as one text; and those that wait together have a bound, in all and for each owner.
+A thousand jobs may wait with a megabyte of secrets each. Python's objects would take five times
+that, so secrets are kept as JSON text. The secrets of all waiting jobs together have a bound, and
+so have those of each owner.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,21 +16,23 @@ from jobworker.serialization.json_pieces import batches_of
 from jobworker.serialization.json_text import dumps, loads
 
 SMALL_BYTES = 4096
-"""Those of a job that are not counted: a thousand such jobs need no bound."""
+"""The secrets of a job up to this size are not counted: a thousand such jobs need no bound."""
 MAX_BYTES = 32 << 20
+"""The bound on the secrets of all waiting jobs, in characters of JSON."""
 MAX_OWNER_BYTES = 8 << 20
+"""The bound on the secrets of one owner's waiting jobs."""
 
 
 @define(eq=False)
 class Secrets:
-    """One job's."""
+    """The secret variables of one job."""
 
     _pieces: list[str] = field(factory=list, repr=False)
-    """Objects of JSON; together they have all of the variables."""
+    """JSON objects, each with some of the variables."""
 
     @classmethod
     async def of(cls, variables: Mapping[str, str]) -> "Secrets":
-        """Those of a request; others get their turns."""
+        """Take the secret variables of a request. Other tasks get their turns meanwhile."""
         pieces = []
         for batch in batches_of(variables):
             pieces.append(dumps(batch))
@@ -38,16 +41,16 @@ class Secrets:
 
     @property
     def size(self) -> int:
-        """How much of the bound they take."""
+        """How much of the bounds these secrets take; 0 up to `SMALL_BYTES`."""
         size = sum(map(len, self._pieces))
         return size if size > SMALL_BYTES else 0
 
     def drop(self) -> None:
-        """Keep nothing of them: the job has started."""
+        """Forget the variables: the job has started."""
         self._pieces = []
 
     async def values(self) -> Mapping[str, str]:
-        """The variables, for the job's start; others get their turns."""
+        """Return the variables, for the job's start. Other tasks get their turns meanwhile."""
         found = dict[str, str]()
         for piece in self._pieces:
             found.update(loads(piece))  # type: ignore[call-overload]
@@ -56,9 +59,9 @@ class Secrets:
 
 
 def check_room(mine: Secrets, waiting: Iterable[tuple[bool, Secrets]]) -> None:
-    """Raise Busy where one more job's secrets go beyond the bounds.
+    """Raise Busy if the secrets of one more job exceed the bounds.
 
-    `waiting` has those of the jobs that wait, each with whether they are of the same owner.
+    `waiting`: the secrets of each waiting job, and whether the job has the same owner.
     """
     if not mine.size:
         return
@@ -71,5 +74,5 @@ def check_room(mine: Secrets, waiting: Iterable[tuple[bool, Secrets]]) -> None:
         raise Busy(
             f"cannot run the command: the secret variables of {whose} waiting jobs are kept in "
             f"memory, and with these they would have more than {format_size(bound)}",
-            remedy="try again when some have started, or have the job fetch what is large",
+            remedy="try again when some jobs have started, or have the job fetch large secrets",
         )
