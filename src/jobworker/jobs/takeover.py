@@ -1,26 +1,28 @@
-"""What a service that starts makes of the jobs of an earlier one, before its first client.
+"""Takeover: a service that starts puts the jobs of an earlier service in order.
+
+This happens before the first client connects. Each job is handled by this table:
 
     the history says    the launcher has it    so the job
-    started             yes                    goes on: its pipes are read on, its end is awaited
-    being started       was to, and did not    waits again, as below
-    started             no                     is FAILED, lost
-    waiting             no                     waits again, unless it had secrets: no disk has them
-    ended               yes                    is removed there, and killed if it lives
-    removed, no output  either                 stays removed, and what it left goes (`leftovers`)
-    refused (its note)  either                 is none: it is killed, and what it left goes, too
+    started             yes                    goes on: the service reads its pipes and awaits it
+    being started       asked to, has not run  waits again, as below
+    started             no                     is FAILED with the reason "lost"
+    waiting             no                     waits again, or is lost if it had secrets
+    ended               yes                    is killed if it lives, and the launcher forgets it
+    removed, no output  either                 stays removed; its leftovers go (`leftovers`)
+    refused (its note)  either                 is killed if it lives; its leftovers go too
     nothing             either                 is adopted (`adoption`)
 
-Where a job's note knows more (`job_note`), which a full disk or an older copy of the history may be
-the cause of, that counts: an end that was told stays as it was told, and is recorded when the disk
-takes it.
+If a job's note (`history.job_note`) knows more than the history, the note counts. The cause may be
+a full disk or an older copy of the history. An end that clients know does not change; the history
+records it when the disk takes it.
 
-A record is committed as INITIALIZING before its job is started (or while, and then its id has left
-the service only after the commit), so what is PENDING has never run. "Ended" with the launcher
-having it still is a service that died between the commit of the end and the removal, and may not
-have had the disk's word on the output by then: the disk is asked again, as it is for each end that
-is told here.
+The record of a job is committed as INITIALIZING before the job is started, or while it is started;
+then its id leaves the service only after the commit. So a job that is PENDING has never run. If a
+job has ended by the history and the launcher still has it, the service died between the commit of
+the end and the removal. Its output may not have been synced by then, so it is synced again, like
+the output of every job that ends here.
 
-What becomes of the output, `inherited_output` says.
+`jobs.inherited_output` handles the output.
 """
 
 import logging
@@ -58,18 +60,18 @@ T = TypeVar("T")
 log = logging.getLogger("jobworker.jobs")
 
 RECORDS_TOGETHER = 40
-"""How many adopted records go to the history at a time: they share transactions. Each may take
-five megabytes of memory until it is there."""
+"""How many records are handled at a time. Their writes share transactions. Each record may take
+five megabytes of memory until it is written."""
 
 
 async def take_over(
     launcher: LauncherClient, history: History, spools: Path, now: datetime
 ) -> Takeover:
-    """Put jobs, output and history in order after an earlier service.
+    """Put jobs, output and history in order after an earlier service. Returns its jobs.
 
-    Raises InternalError where what is to be adopted cannot be recorded, or a live job's output not
-    be kept: a service that cannot tell what becomes of jobs does not start, and the launcher keeps
-    them.
+    `spools`: the directory of jobs' output. Raises InternalError if an adopted job cannot be
+    recorded, or if the output of a live job cannot be kept. Then the service does not start, and
+    the launcher keeps the jobs. Raises JobworkerError if the launcher refuses.
     """
     since = {
         job: now - timedelta(seconds=started.age_seconds)
@@ -103,14 +105,14 @@ async def take_over(
         else:
             each.spool.close()
             await have_forgotten(launcher, each.record.id)
-    _tell(inheritance)
+    _log_taken_over(inheritance)
     return inheritance
 
 
 async def _adopt(
     launcher: LauncherClient, history: History, spools: Path, jobs: Collection[JobId], now: datetime
 ) -> dict[JobId, JobRecord]:
-    """Give each job that the history does not have a record there: those that have not ended."""
+    """Record each of `jobs`, which the history does not have. Returns those that have not ended."""
     records = list[JobRecord]()
     for page in _batched(sorted(jobs), RECORDS_TOGETHER):
         notes = await in_thread(read_notes, spools, page)
@@ -122,7 +124,8 @@ async def _adopt(
                     history.never_give(job)
                     continue
                 if not record.ended:
-                    # Lost until it is known better: a start cut short must not run it again.
+                    # If this start of the service is cut short, the next one must not run the job
+                    # again.
                     record = evolve(record, state=State.INITIALIZING)
                 nursery.start_soon(history.put, record)
                 records.append(without_bulk(record))
@@ -132,7 +135,7 @@ async def _adopt(
 
 
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
-    """What is unfinished, each job's record as the history or its note knows it better."""
+    """The records of the unfinished jobs, after a look at their notes (`adoption.newer`)."""
     found = dict[JobId, JobRecord]()
     for page in _batched(sorted(unfinished), RECORDS_TOGETHER):
         records = await in_thread(newer_of, spools, [unfinished[job] for job in page])
@@ -143,14 +146,17 @@ async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dic
 async def _take_back_starts(
     history: History, undone: Sequence[JobRecord]
 ) -> dict[JobId, JobRecord]:
-    """Those of `undone` that were being started wait again: their programs were not executed."""
+    """Have jobs wait again that were being started and whose program the launcher never executed.
+
+    Returns their new records. `undone`: the jobs that the launcher was asked to start and has not.
+    """
     back = [evolve(r, state=State.PENDING) for r in undone if r.state is State.INITIALIZING]
     await _record(history, back)
     return {record.id: record for record in back}
 
 
 async def _record(history: History, records: Sequence[JobRecord]) -> None:
-    """Have the history take these, as far as the disk does, before anybody is told of them."""
+    """Record these, as far as the disk allows, before a client gets to know them."""
     for page in _batched(records, RECORDS_TOGETHER):
         async with trio.open_nursery() as nursery:
             for record in page:
@@ -160,7 +166,7 @@ async def _record(history: History, records: Sequence[JobRecord]) -> None:
 async def _put(history: History, record: JobRecord) -> None:
     try:
         await history.put(record)
-    except InternalError as error:  # this service knows it all the same
+    except InternalError as error:  # this service has the record in memory
         log.error("%s", error)
 
 
@@ -172,9 +178,10 @@ async def _go_on(
     since: datetime,
     now: datetime,
 ) -> None:
-    """Add to `inheritance` what becomes of a job that has not ended in the history.
+    """Add a job that has not ended by the history to `inheritance`.
 
-    `alive` is what the launcher has of it, and `since` when its program began then.
+    `alive`: the job in the launcher; None if it does not have the job. `since`: the time when the
+    program began.
     """
     job = record.id
     if record.ended:
@@ -190,7 +197,7 @@ async def _go_on(
         spool, going_on = await open_spool(
             spools / str(job), record, now, lives=alive is not None, ended=_has_ended(alive)
         )
-    except JobworkerError as error:  # what it writes could not be kept
+    except JobworkerError as error:  # the output of the job could not be kept
         if alive is not None:
             raise cannot_go_on(job, error) from error
         log.error("job %d: %s", job, error)
@@ -203,12 +210,12 @@ async def _go_on(
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
-    """Whether the launcher has a job's end already."""
+    """Whether the launcher has reported the job's exit already."""
     return alive is not None and alive[1].statistics().current_buffer_used > 0
 
 
 def _cannot_wait_again(record: JobRecord) -> str:
-    """Why a job that the launcher does not have is lost; "" where it merely waits."""
+    """Why a job that the launcher does not have is lost; "" if it can wait again."""
     if record.state is State.INITIALIZING:
         return "its start was cut short, by the end of the service or of its launcher"
     if record.state not in WAITING:
@@ -219,7 +226,7 @@ def _cannot_wait_again(record: JobRecord) -> str:
 
 
 def _as_running(record: JobRecord, since: datetime) -> JobRecord:
-    """The record of a job whose program runs, whatever of that was committed."""
+    """The record of a job whose program runs, also if the history has not recorded that."""
     for event in (Event.ADMIT, Event.START):
         with suppress(ValueError):
             record = evolve(record, state=advance(record.state, event))
@@ -229,12 +236,12 @@ def _as_running(record: JobRecord, since: datetime) -> JobRecord:
 
 
 def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive parts of `items`, each of at most `size`."""
+    """Yield consecutive parts of `items`, each with at most `size` of them."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _tell(inheritance: Takeover) -> None:
+def _log_taken_over(inheritance: Takeover) -> None:
     if inheritance.running or inheritance.waiting:
         log.info(
             "taken over: %d jobs that run, %d that wait",
