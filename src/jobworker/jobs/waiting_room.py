@@ -1,13 +1,12 @@
 """The waiting room: jobs that wait for a place to run, in turns between their owners.
 
-Within one owner's jobs the first come is the first served. Between owners the next place goes to
-the one who has the fewest jobs running, and among those to the one who has waited longest. So a
-tenant with a thousand jobs delays another's first one by no more than the next free place.
+The jobs of one owner start in the order in which they came. Between owners, the next place goes to
+the owner with the fewest running jobs, and among those to the one whose first job has waited
+longest. So a tenant with a thousand jobs delays another tenant's first job only until the next
+place is free.
 
-The room is bounded, and its last tenth is for owners who have only a few jobs waiting
-(`model/fair_share.py`).
-
-Pure but for what it holds: no clock, no task.
+The room is bounded. Its last tenth is for owners with only a few waiting jobs
+(`model.fair_share`). It has no clock and no task.
 """
 
 from collections import Counter, deque
@@ -21,11 +20,11 @@ from jobworker.model.fair_share import may_take_one_more
 
 @define(eq=False)
 class WaitingRoom:
-    """Jobs that wait, and how many each owner has running."""
+    """The jobs that wait, and the number of running jobs of each owner."""
 
     _size: int
     _waiting: dict[str, deque[Execution]] = field(factory=dict, init=False)
-    """By owner; nobody has an empty queue."""
+    """The queue of each owner. No queue is empty."""
     _running: Counter[str] = field(factory=Counter, init=False)
 
     def __len__(self) -> int:
@@ -42,18 +41,18 @@ class WaitingRoom:
     def has_room_for(self, owner: str, *, taken: int, arriving: int) -> bool:
         """Whether one more job of an owner may wait.
 
-        `taken` places of the room are taken, those of jobs included that are on their way in;
-        `arriving` of these are the owner's.
+        `taken`: how many places of the room are in use, including those of jobs that are being
+        admitted. `arriving`: how many jobs of this owner are being admitted.
         """
         mine = len(self._waiting.get(owner, ())) + arriving
         return may_take_one_more(self._size, taken=taken, mine=mine)
 
     def add(self, execution: Execution) -> None:
-        """Have a job wait, behind the others of its owner."""
+        """Add a job behind the other jobs of its owner."""
         self._waiting.setdefault(execution.record.owner, deque()).append(execution)
 
     def remove(self, execution: Execution) -> None:
-        """Have a job wait no longer. Raises ValueError where it does not."""
+        """Remove a job. Raises ValueError if it does not wait here."""
         owner = execution.record.owner
         queue = self._waiting.get(owner, deque())
         queue.remove(execution)
@@ -61,7 +60,7 @@ class WaitingRoom:
             self._waiting.pop(owner, None)
 
     def next(self) -> Execution:
-        """Take out the job whose turn it is. Raises IndexError where none waits."""
+        """Remove and return the job whose turn it is. Raises IndexError if none waits."""
         if not self._waiting:
             raise IndexError("no job waits")
         owner = min(
@@ -77,7 +76,7 @@ class WaitingRoom:
         self._running[owner] += 1
 
     def finished(self, owner: str) -> None:
-        """Count it no longer."""
+        """Count one job of an owner less as running."""
         self._running[owner] -= 1
         if self._running[owner] <= 0:
             del self._running[owner]
