@@ -1,16 +1,18 @@
 """The archive: ended jobs' output, kept by policy, removed by policy or on request.
 
-The policy is applied at start, when a job ends, from time to time (age), and where live jobs want
-room that the limit on all output does not leave. What was removed is noted in the job's record,
-which stays; only `remove` takes a job away altogether. What `worker prune` has removed, in a
-process of its own, is noted at start, when the policy is applied, and when the job is looked at.
+The archive applies the policy at the start, when a job ends, from time to time (since output gets
+older), and when live jobs need more space than the limit on all output leaves. It records a removal
+in the job's record, which stays. Only `remove` removes a job altogether. `worker prune` removes
+output too, in a process of its own: the archive records that at its start, when it applies the
+policy, and when a client asks for the job.
 
-Output that is not there without the mark of a removal is missing: its disk may not be mounted, or
-somebody has moved or deleted the directory. That is told to who asks, and recorded nowhere: when
-the directory is back, so is the output.
+Output without a directory and without the mark of a removal is missing: its disk may not be
+mounted, or an administrator has moved or deleted the directory. A client that asks for the job is
+told so, but no record changes: the output may come back with the directory.
 
-A job whose end a full disk refuses to record is taken up all the same: it is its output that must
-go for the disk to have room again. Its record is its execution's until then.
+If a full disk refuses the record of a job's end, the archive takes the job all the same: its output
+may have to be removed so that the disk has space again. Until the record is written, the job's
+execution has it.
 """
 
 import logging
@@ -46,14 +48,17 @@ log = logging.getLogger("jobworker.jobs")
 
 MISSING = "its output is missing on the server"
 SWEEP_SECONDS = 300.0
+"""The longest time between two applications of the policy."""
 PAUSE_SECONDS = 1.0
+"""The shortest time between two of them: many jobs may end at once."""
 HEADROOM = 0.9
-"""Where room is short, so much of the limit is kept: not each write shall have to look for room."""
+"""If space is short, output is removed down to this part of the limit, so that not every write has
+to look for space."""
 
 
 @define(eq=False, kw_only=True)
 class Archive:
-    """All ended jobs of one spool directory."""
+    """The ended jobs of one spool directory."""
 
     _spools: Path
     _history: History
@@ -61,21 +66,24 @@ class Archive:
     budget: OutputBudget
     _clock: Callable[[], datetime]
     _max_open: int = 1024
-    """Outputs of ended jobs that may be open at a time: each has three descriptors."""
+    """The most outputs of ended jobs that are open at a time; each has three descriptors."""
     _open: dict[JobId, Spool] = field(factory=dict, init=False)
-    """Those that are being read, each once for all of its followers."""
+    """The spools that are being read, one for all followers of a job."""
     _owners: dict[object, str] = field(factory=dict, init=False)
-    """Whose they are, and those that are being opened, or are still read by who came before the
-    job's end."""
+    """The owner of each spool that counts towards `_max_open`: of `_open`, of those that are being
+    opened, and of those that followers have read since before the job's end."""
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
-    """Jobs that have not ended here yet, or only just: their output and records are not ours."""
+    """Jobs that have not ended, or that `add` has not taken yet. The archive leaves their output
+    and records alone."""
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
-    """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
+    """Ended jobs whose record may not be on the disk yet."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
-    """Held while output goes and records follow: no note shall bring a removed job back."""
+    """Held while output is removed and records are changed: otherwise the record of a removal could
+    bring a removed job back."""
     _missing_told: int = field(default=0, init=False)
+    """The number of missing outputs that the log has named last."""
     _due: trio.Event = field(factory=trio.Event, init=False)
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
     _pace: OutputPace = field(factory=OutputPace, init=False)
@@ -91,13 +99,16 @@ class Archive:
         )
 
     def room_of(self, owner: str) -> OutputRoom:
-        """What an owner's live jobs write within."""
+        """The resources that the live jobs of an owner share for their output."""
         return OutputRoom(
             owner=owner, budget=self.budget, pace=self._pace, make_room=self.make_room
         )
 
     async def load(self, live: Collection[JobId] = ()) -> None:
-        """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
+        """Take the output in the directory, except that of `live` jobs, and apply the policy.
+
+        Raises InternalError, OutputError, OutOfDescriptors.
+        """
         self._live.update(live)
         with_output = await self._history.with_output()
         await self._in_thread(partial(self._kept.load, live, with_output))
@@ -106,35 +117,41 @@ class Archive:
         await self.prune()
 
     def leave_alone(self, job: JobId) -> None:
-        """Note no removal of a job's output until `add`: its record may still be written."""
+        """Record no removal of a job's output until `add`: its execution may write the record."""
         self._live.add(job)
 
     def size_of(self, owner: str) -> int:
-        """The bytes on disk of an owner's jobs that have ended."""
+        """The bytes of output of an owner's ended jobs."""
         return self._kept.size_of(owner)
 
     def count_live(self, spool: Spool) -> None:
-        """Count what a job has written under an earlier service: before it is taken up."""
+        """Count the output that a job has written under an earlier service.
+
+        To be called before the job goes on.
+        """
         spool.counted_bytes = spool.written_bytes + spool.index_bytes
         self.budget.count(spool.counted_bytes)
 
     async def serve(self) -> None:
-        """Apply the policy whenever that may change something; never returns."""
+        """Apply the policy whenever that may change something. Never returns."""
         while True:
             with trio.move_on_after(SWEEP_SECONDS):
                 await self._due.wait()
             self._due = trio.Event()
             await self.prune()
-            await trio.sleep(PAUSE_SECONDS)  # many jobs may end at once
+            await trio.sleep(PAUSE_SECONDS)
 
     async def add(self, execution: Execution) -> None:
-        """Take up a job that has just ended, recorded or not, until `forget` with its record."""
+        """Take a job that has just ended, whether its end is recorded or not.
+
+        Until `forget`, its execution has its record.
+        """
         job = execution.record.id
         self._unsettled[job] = execution
         self._live.discard(job)
         self._count_followed(execution.spool, execution.record.owner)
         try:
-            with trio.CancelScope(shield=True):  # waits for the disk alone
+            with trio.CancelScope(shield=True):  # waits only for the disk
                 owner, counted = execution.record.owner, execution.spool.counted_bytes
                 await self._in_thread(partial(self._kept.end, job, counted, owner))
         finally:
@@ -142,13 +159,14 @@ class Archive:
             self._due.set()
 
     def forget(self, execution: Execution) -> None:
-        """Look for the record of a job in the history from now on."""
+        """From now on the history has the record of this job."""
         self._unsettled.pop(execution.record.id, None)
 
     async def look_after(self, record: JobRecord) -> JobRecord:
-        """The record of a job, with a note where it has ended and its output is missing.
+        """The record of a job, which tells if the output of an ended job was removed or is missing.
 
-        Raises NotFound where the job was removed since `record` was read.
+        Raises NotFound if the job was removed since `record` was read, OutputError, and
+        OutOfDescriptors.
         """
         if not record.ended or record.output_removed_at is not None:
             return record
@@ -159,15 +177,15 @@ class Archive:
             return await self._look_for_output(record, directory)
 
     async def _look_for_output(self, record: JobRecord, directory: Path) -> JobRecord:
-        """See whether output was removed or is missing, while nothing is being removed here."""
+        """As `look_after`, for a directory that is not there; with `_removing` held."""
         job = record.id
         if job not in self._live:
             record = await self._latest(job)
-        # The mark after the directory: `worker prune`, which renames, may come between the two.
+        # Look for the mark after the directory: `worker prune` may rename it between the two.
         if record.output_removed_at is not None or await in_thread(_exists, directory):
             return record
         removed = await in_thread(was_removed, directory)
-        if job not in self._live:  # else `add` sees to that
+        if job not in self._live:  # for a live job `add` does this
             with trio.CancelScope(shield=True):
                 await self._in_thread(partial(self._kept.drop, job, removed=removed))
                 if removed:
@@ -177,7 +195,7 @@ class Archive:
         return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
 
     async def _latest(self, job: JobId) -> JobRecord:
-        """The record of an ended job, wherever it is now. Raises NotFound."""
+        """The latest record of an ended job, from its execution or the history. Raises NotFound."""
         unsettled = self._unsettled.get(job)
         record = unsettled.record if unsettled else await self._history.summary(job)
         if record is None:
@@ -186,10 +204,11 @@ class Archive:
 
     @asynccontextmanager
     async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
-        """An ended job's output, open during the block and while a follower reads it.
+        """Open an ended job's output, for the block and as long as a follower reads it.
 
-        Raises NotFound where it was removed, and TooManyFollows where as many outputs as this
-        process has descriptors for are being read, and no owner has much more of them.
+        If `_max_open` outputs are open, the owner with the most loses one, provided that it has at
+        least two more than this job's owner. Raises TooManyFollows if no output can be closed, and
+        NotFound if the output was removed or is missing.
         """
         spool = self._open.get(record.id)
         if spool is None or record.output_removed_at is not None:
@@ -204,7 +223,7 @@ class Archive:
             yield spool
 
     def _share(self, record: JobRecord, spool: Spool) -> Spool:
-        """Have others read what was just opened, or read what another has opened meanwhile."""
+        """Share a spool that was just opened. Returns another task's, if that was faster."""
         if (other := self._open.get(record.id)) is not None:
             spool.close()
             return other
@@ -219,7 +238,7 @@ class Archive:
         return spool
 
     def _count_followed(self, spool: Spool, owner: str) -> None:
-        """Count the files of a job that has ended, while who followed it reads on."""
+        """Count the open files of a job that has just ended, as long as followers read them."""
         if spool.has_files:
             self._owners[spool] = owner
             spool.lend(partial(self._owners.__delitem__, spool))
@@ -227,21 +246,22 @@ class Archive:
                 pass
 
     def _check_room(self, record: JobRecord) -> None:
-        """See that one more output may be opened. Raises TooManyFollows."""
+        """Make room for one more open output. Raises TooManyFollows."""
         if len(self._owners) >= self._max_open:
             own = sum(owner == record.owner for owner in self._owners.values())
             self._shut_one(least=own + 2)
         if len(self._owners) >= self._max_open:
             raise TooManyFollows(
-                f"cannot read the output of job {record.id}: that of {self._max_open} "
+                f"cannot read the output of job {record.id}: the output of {self._max_open} "
                 "ended jobs is being read, as many as this service has descriptors for",
                 remedy="try again later, or raise the service's LimitNOFILE",
             )
 
     def _shut_one(self, *, least: int) -> bool:
-        """Close an output under its readers, of the owner with the most, if those are `least`.
+        """Close one output of the owner with the most open ones, if these are at least `least`.
 
-        It is the one from which nothing was read for the longest time. False where there is none.
+        Of these it closes the one that was read least recently (`Spool.shut_out`). Returns whether
+        it closed one.
         """
         numbers = Counter(self._owners.values())
         shown = [each for each in self._owners if isinstance(each, Spool) and not each.shut]
@@ -258,7 +278,7 @@ class Archive:
         written = {Stream.STDOUT: record.stdout_bytes, Stream.STDERR: record.stderr_bytes}
         try:
             spool = await in_thread(Spool.open_ended, directory, written)
-        except NotFound:  # the record may be of a moment before its removal
+        except NotFound:  # the output may have been removed after `record` was read
             when = (await self.look_after(record)).output_removed_at
             if when is None:
                 raise NotFound(
@@ -278,9 +298,10 @@ class Archive:
         return spool
 
     async def make_room(self) -> bool:
-        """Remove some of what is kept, for live jobs to go on: whether there is room now.
+        """Remove old output so that live jobs can go on. Returns whether there is space now.
 
-        Another job may have made it, while this one waited for its turn to look.
+        Another call may have made the space while this one waited for the lock. Raises OutputError,
+        OutOfDescriptors.
         """
         goal = max(1, int(self.budget.max_bytes * HEADROOM))
         fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
@@ -289,9 +310,10 @@ class Archive:
     async def prune(
         self, policy: RetentionPolicy | None = None, *, only: Callable[[JobId], bool] | None = None
     ) -> Sequence[EndedOutput]:
-        """Remove what a policy (the configured one, if none is given) does not keep: what went.
+        """Remove the output that a policy does not keep. Returns what was removed.
 
-        Of the jobs that `only` names, where it is given. What is being followed stays.
+        `policy`: None is the configured one. `only`: which jobs' output may be removed; None: all.
+        Output that is being followed stays. Raises OutputError, OutOfDescriptors.
         """
         _, gone = await self._sweep(policy or self._policy, only)
         if gone:
@@ -301,19 +323,22 @@ class Archive:
     async def _sweep(
         self, policy: RetentionPolicy, only: Callable[[JobId], bool] | None
     ) -> tuple[bool, list[EndedOutput]]:
-        """Whether less is kept now, by whichever hand, and what the policy has removed."""
+        """Apply a policy. Returns whether any output has gone, and what the policy has removed.
+
+        The first is also true if another process has removed output.
+        """
         async with self._removing:
-            with trio.CancelScope(shield=True):  # what was removed must be noted
+            with trio.CancelScope(shield=True):  # the removals must be recorded
                 fewer, marked, gone = await self._in_thread(partial(self._prune, policy, only))
-                self._tell_missing()
+                self._log_missing()
                 await self._note_removals([*(marked - self._live), *(kept.job for kept in gone)])
         return fewer, gone
 
-    def _tell_missing(self) -> None:
+    def _log_missing(self) -> None:
         if self._kept.missing > self._missing_told:
             log.warning(
-                "the output of %d ended jobs is missing in %s; that is recorded as no removal, "
-                "since it may come back",
+                "the output of %d ended jobs is missing in %s; that is not recorded as a removal, "
+                "since the output may come back",
                 self._kept.missing,
                 self._spools,
             )
@@ -328,7 +353,11 @@ class Archive:
         return self._kept.dropped > before, marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
-        """Note what was removed, wherever the records are now: when that was."""
+        """Record when the output of jobs was removed. Returns that time.
+
+        Changes the record in memory of an unsettled job, and that in the history of another one. If
+        the disk refuses, the marks stay, and a later call records the removals.
+        """
         now = self._clock()
         if not jobs:
             return now
@@ -341,7 +370,7 @@ class Archive:
                 await self._history.mark_output_removed(recorded, now)
             for execution in unsettled:
                 await execution.record_removal()
-        except JobworkerError as error:  # the marks stay: the next look meets them again
+        except JobworkerError as error:  # the next look finds the marks
             log.error("the output of %d jobs was removed: %s", len(jobs), error)
         else:
             await self._in_thread(partial(self._kept.clear_marks, jobs))
@@ -408,7 +437,7 @@ class Archive:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something at `path`. Raises OutputError where that cannot be told."""
+    """Whether there is anything at `path`. Raises OutputError if the disk cannot tell."""
     with disk_errors("look for"):
         try:
             os.lstat(path)

@@ -337,7 +337,7 @@ async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_ma
             assert open_outputs(here) == [1, 3]
             await here.end_job(followed_by=followers)
             assert open_outputs(here) == [3, 4], "those who took nothing for longest come again"
-            with pytest.raises(TooManyFollows, match="that of 2 ended jobs is being read"):
+            with pytest.raises(TooManyFollows, match="output of 2 ended jobs is being read"):
                 async with here.archive.reading(await here.stored(JobId(1))):
                     pass
         assert (open_outputs(here), here.archive._owners) == ([], {})
