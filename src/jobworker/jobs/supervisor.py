@@ -1,11 +1,11 @@
 """The supervisor: admits jobs, runs each in an execution of its own, and finds them again.
 
-At most `max_running` jobs run; more wait (`waiting_room`), up to `max_waiting`, after which a
-request is refused at once. Live jobs stand in memory, ended ones only in the history and the spool
-directory, so memory does not grow with the number of jobs ever run.
+At most `max_running` jobs run, and at most `max_waiting` more wait (`waiting_room`). Further
+requests are refused at once. Memory has live jobs only. Ended jobs are in the history and in the
+spool directory, so memory does not grow with the number of all jobs.
 
-`serve` owns the nursery of all executions. One execution's unexpected fault ends that job, with
-an incident id in the log, and nothing else.
+`serve` owns the nursery of all executions. An unexpected fault of one execution is logged as an
+incident and ends its job, and nothing else.
 """
 
 import logging
@@ -52,18 +52,22 @@ from jobworker.serialization.json_text import LONG_CHARACTERS
 from jobworker.threads import in_thread
 
 DECIDE_SECONDS = 5.0
-"""What starts under way get at the end of the service, and the launcher to give them up."""
+"""How long the end of the service waits for starts that are under way, and then once more for the
+launcher to give them up."""
 KILL_SECONDS = 10.0
-"""What jobs get to be gone after SIGKILL: as the launcher gives them at its own end."""
+"""How long the end of the service waits for jobs after SIGKILL. The launcher waits as long."""
 REMOVE_SECONDS = 3.0
-"""What the launcher gets to take back what ended jobs had."""
+"""How long the end of the service waits for the launcher to forget ended jobs."""
 _NOT_YET = JobId(1)
-"""Stands for the number that a job would get."""
+"""The id in the plan of a job that has none."""
 log = logging.getLogger("jobworker.jobs")
 
 
 def _left(job: JobId) -> ShuttingDown:
-    return ShuttingDown(f"cannot reach job {job}: it is left to the next service")
+    return ShuttingDown(
+        f"cannot reach job {job}: it is left to the next service",
+        remedy="try again once the service has started again",
+    )
 
 
 @define(eq=False, kw_only=True)
@@ -82,16 +86,18 @@ class Supervisor:
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
     _pending: WaitingRoom = field(init=False)
     _placed: deque[Execution] = field(factory=deque, init=False)
-    """Those that need not wait for a place: they have one, or only have to be ended."""
+    """Jobs that do not wait for a place: they have one, or they are only to be ended."""
     _promised: int = field(default=0, init=False)
-    """Places of jobs that were admitted at once and are not queued yet: nobody may take them."""
+    """Places of jobs that were admitted to run at once and are not queued yet: no other job may
+    take these."""
     _change: trio.Event = field(factory=trio.Event, init=False)
-    """Set when a job has come to wait, or a place has become free."""
+    """Set when a job was queued, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
+    """The number of jobs that were admitted and not forgotten: they run, wait, or arrive."""
     _arriving: dict[JobId, tuple[str, Limits, Secrets]] = field(factory=dict, init=False)
-    """Owner, limits and secrets of jobs that were admitted and are not live yet."""
+    """Owner, limits and secrets of jobs that are being admitted and are not live yet."""
     _undecided: int = field(default=0, init=False)
-    """Admissions under way: until the first record of each is on the disk, or was refused."""
+    """The number of admissions of which the first record is neither on the disk nor refused."""
     _all_decided: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     _removals: Removals = field(factory=Removals, init=False)
@@ -100,7 +106,7 @@ class Supervisor:
         self._pending = WaitingRoom(self.max_waiting)
 
     def take_over(self, inheritance: Takeover) -> None:
-        """Go on with the jobs of an earlier service: before `serve`."""
+        """Go on with the jobs of an earlier service. Call it before `serve`."""
         for running in inheritance.running:
             execution = self._make_execution(running.record, running.spool, True)
             execution.inherit(running.started, running.exits)
@@ -124,7 +130,7 @@ class Supervisor:
                 self._end_without_a_place(execution)
 
     async def serve(self) -> None:
-        """Run what is submitted, in order; never returns."""
+        """Run the jobs that are submitted, in order. Never returns."""
         running = 0
 
         async def run(execution: Execution) -> None:
@@ -153,7 +159,7 @@ class Supervisor:
                 await self._change.wait()
 
     async def _run(self, execution: Execution) -> None:
-        """Run one job; the boundary for faults of its own."""
+        """Run one job, until it is forgotten. An unexpected fault of it goes no further."""
         try:
             await execution.run()
         except Exception:  # noqa: BLE001 - recorded
@@ -176,12 +182,13 @@ class Supervisor:
                 self._forget(execution)
 
     async def _take_back(self, job: JobId) -> None:
-        """Remove what is left of a job that its client was told was not admitted.
+        """Remove all that is left of a refused job.
 
-        What stays for the disk's sake is noted as refused, so that the next service removes it.
+        If the service ends before the disk allows that, the job's note says that it was refused, so
+        the next service removes it.
         """
         while True:
-            # Once at least, also where the service ends.
+            # At least one attempt, even if the service ends.
             with suppress(JobworkerError), trio.CancelScope(shield=True):
                 await self._archive.take_back(job)
                 return
@@ -211,12 +218,12 @@ class Supervisor:
         *,
         longest_seconds: float = math.inf,
     ) -> Execution:
-        """Admit a job. Returns once it is recorded and either runs, has failed to, or waits.
+        """Admit a job. Returns once it is recorded and either runs, has failed to start, or waits.
 
-        `longest_seconds` bounds the time that one gets which names none.
-
-        Raises Busy if too many wait already, QuotaExceeded, ShuttingDown at the end of the service,
-        and TooLarge. Once admitted the job goes on, whatever becomes of the caller.
+        `longest_seconds` bounds the time limit of a job that names none. Raises Busy if too many
+        jobs wait, QuotaExceeded, TooLarge, ShuttingDown at the end of the service, LauncherSilent,
+        OutputError and InternalError if the disk refuses. If the caller is cancelled, the job still
+        goes on once it is admitted.
         """
         if spec.check_size() > LONG_CHARACTERS:
             await trio.lowlevel.checkpoint()  # with a megabyte each step takes milliseconds
@@ -227,31 +234,31 @@ class Supervisor:
         if self._launcher.silent:
             raise launcher_silent()
         self._check_room(owner)
-        # From here to where the job is counted there is no checkpoint: two requests cannot both
-        # have the last place.
+        # No checkpoint from here until the job is counted: otherwise two requests could both get
+        # the last place.
         check_quota(quota, self._use_of(owner), spec.limits)
         check_room(secrets, self._secrets_beside(owner))
         self._undecided += 1
         try:
-            with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
+            with trio.CancelScope(shield=True):  # waits only for the disk
                 execution = await self._admit(spec, owner, longest_seconds, secrets)
         finally:
             self._undecided -= 1
             if not self._undecided:
                 self._all_decided.set()
         if execution.admitted_at_once:
-            await self._hear_of(execution, execution.decided)
+            await self._wait_for(execution, execution.decided)
         return execution
 
-    async def _hear_of(self, execution: Execution, event: trio.Event | BatchedEvent) -> None:
-        """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
+    async def _wait_for(self, execution: Execution, event: trio.Event | BatchedEvent) -> None:
+        """Wait for an event of a job. Raises LauncherSilent if the launcher does not answer."""
         try:
             await self._launcher.wait_unless_silent(event)
         except LauncherSilent:
             raise launcher_silent(execution.record.id) from None
 
     def _check_room(self, owner: str) -> None:
-        """Raise Busy where neither may a job of this owner run at once nor wait."""
+        """Raise Busy if a job of this owner may neither run at once nor wait."""
         beyond = self._places_taken - self.max_running
         arriving = sum(name == owner for name, _, _ in self._arriving.values())
         if beyond < 0 or self._pending.has_room_for(owner, taken=beyond, arriving=arriving):
@@ -259,16 +266,16 @@ class Supervisor:
         if beyond >= self.max_waiting:
             why = f"{self.max_running} jobs run and {self.max_waiting} wait already"
         else:
-            why = f"{beyond} jobs wait, and the last places are for those who have few waiting"
+            why = f"{beyond} jobs wait, and the last places are for clients with few waiting jobs"
         raise Busy(
             f"cannot run the command: {why}",
             remedy="try again later, or raise worker.max_concurrent_jobs or max_waiting_jobs",
         )
 
     async def plan(self, spec: JobSpec) -> tuple[Limits, list[tuple[str, str, str]]]:
-        """A job's limits, defaults filled in, and the steps of its start; nothing is started.
+        """Return the limits of a job, with defaults filled in, and the steps of its start.
 
-        Raises what would refuse it before its first step.
+        Starts nothing. Raises the errors that would refuse the job before its first step.
         """
         spec.check_size()
         await trio.lowlevel.checkpoint()
@@ -277,14 +284,14 @@ class Supervisor:
         return full.limits, steps
 
     def _use_of(self, owner: str) -> QuotaUse:
-        """What an owner has."""
+        """What the jobs of an owner have of its quota."""
         mine = [e for e in self._live.values() if e.record.owner == owner]
         live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
         live += [limits for name, limits, _ in self._arriving.values() if name == owner]
         return QuotaUse(tuple(live), self._archive.size_of(owner) + output_of(mine))
 
     def _secrets_beside(self, owner: str) -> Iterator[tuple[bool, Secrets]]:
-        """The secrets of all jobs, each with whether they are this owner's."""
+        """Yield the secrets of each job, with whether the job is this owner's."""
         for execution in self._live.values():
             yield execution.record.owner == owner, execution.secrets
         for name, _, secrets in self._arriving.values():
@@ -301,7 +308,7 @@ class Supervisor:
         if longest_seconds < (default or math.inf):
             default = longest_seconds
         record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
-        if at_once:  # PENDING is what stands in the history of a job that has never run
+        if at_once:  # by the history a PENDING job has never run, and this one may run any time
             record = evolve(record, state=advance(record.state, Event.ADMIT))
         self._arriving[job] = owner, spec.limits, secrets
         try:
@@ -310,7 +317,7 @@ class Supervisor:
             self._places_taken -= 1
             raise
         finally:
-            del self._arriving[job]  # it is live, or will not be
+            del self._arriving[job]  # the job becomes live now, or has failed
             self._promised -= at_once
             self._change.set()
         execution = self._make_execution(record, spool, at_once)
@@ -318,7 +325,7 @@ class Supervisor:
         execution.admission = trio.Event()
         self._queue(execution)
         try:
-            # While the job starts: both take a while.
+            # The job starts meanwhile: both take some time.
             await self._history.put(execution.record, is_new=True)
         except Exception:
             execution.refuse()
@@ -332,17 +339,17 @@ class Supervisor:
         return execution
 
     async def _note_refusal(self, job: JobId) -> None:
-        """Note on the disk that a job is refused, before its client hears of that.
+        """Write to the job's note that it was refused, before its client gets the error.
 
-        Else the next service, were this one killed now, would take it for one that was admitted.
+        If this service is killed now, the next one would otherwise adopt the job.
         """
         try:
             await in_thread(note_refusal, self._spools, job)
         except JobworkerError as error:
-            log.error("job %d is refused, and no disk takes the note of that: %s", job, error)
+            log.error("job %d is refused, and the disk refuses to note that: %s", job, error)
 
     def _make_spool(self, record: JobRecord) -> Spool:
-        """Make the place of a job's output, and note there whose it is: in a thread."""
+        """Make the files of a job's output, and the job's note. For a thread."""
         self._history.keep_id(record.id)
         directory = self._spools / str(record.id)
         spool = Spool.create(directory)
@@ -380,13 +387,14 @@ class Supervisor:
         return self._clock()
 
     def live(self, job: JobId) -> Execution | None:
-        """The execution of a job that has not ended."""
+        """The execution of a job that is live or has only just ended; None for any other."""
         return self._live.get(job)
 
     async def record(self, job: JobId, who: str = "") -> JobRecord:
-        """A job's record as it is now; of one that has ended its summary. Raises NotFound.
+        """The present record of a job, or the summary of an ended job's record.
 
-        `who` asks, here and below: the questions of others take turns with theirs.
+        `who`, here and below: the name of the client that asks. Queries of different names take
+        turns. Raises NotFound, InternalError, OutOfDescriptors, OutputError.
         """
         execution = self._live.get(job)
         if execution is not None:
@@ -397,28 +405,35 @@ class Supervisor:
         return await self._archive.look_after(record)
 
     async def spec_of(self, job: JobId, who: str) -> str | None:
-        """The JSON of the whole request of a job whose stored summary is abridged, or None."""
+        """The whole request of a job as JSON if its stored summary is abridged, else None.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         return await self._history.spec(job, who)
 
     async def latest(self, wanted: Filter, limit: int, who: str) -> Page:
-        """At most `limit` summaries that fit, newest first, as JSON, and where to go on."""
+        """Return at most `limit` summaries that fit, newest first, as JSON, and where to go on.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         before = dict(self._live)
         stored = await self._history.page(wanted, limit, who)
-        # Those included that have ended since: the page may be of the moment before.
+        # Include jobs that have ended meanwhile: the page may have been read just before.
         return await page_of({**before, **self._live}, stored, wanted, limit)
 
     async def stop(
         self, job: JobId, number: signal.Signals, grace_seconds: float | None, who: str = ""
     ) -> JobRecord:
-        """Stop a job and wait for its end; one that has ended is left as it is.
+        """Stop a job and wait for its end. Returns its record. An ended job stays as it is.
 
-        Raises NotFound, and ShuttingDown where it is left to the next service meanwhile.
+        `number`: the first signal. `grace_seconds`: the time until SIGKILL; None is the default.
+        Raises NotFound, LauncherSilent, and ShuttingDown if the job is left to the next service.
         """
         execution = self._live.get(job)
         if execution is not None:
             execution.request_stop(number, grace_seconds)
             self._end_without_a_place(execution)
-            await self._hear_of(execution, execution.parted)
+            await self._wait_for(execution, execution.parted)
         return await self.wait(job, who)
 
     def _end_without_a_place(self, execution: Execution) -> None:
@@ -428,7 +443,10 @@ class Supervisor:
             self._change.set()
 
     async def wait(self, job: JobId, who: str = "") -> JobRecord:
-        """Wait for a job's end. Raises NotFound, and ShuttingDown where it is left meanwhile."""
+        """Wait for a job's end, and return its record.
+
+        Raises NotFound, and ShuttingDown if the job is left to the next service.
+        """
         execution = self._live.get(job)
         if execution is not None:
             await execution.parted.wait()
@@ -438,7 +456,7 @@ class Supervisor:
         return await self._ended(job, who)
 
     async def _ended(self, job: JobId, who: str) -> JobRecord:
-        """The record of a job that is not live. Raises NotFound."""
+        """The record of a job that is not live. Raises NotFound, ShuttingDown."""
         record = await self.record(job, who)
         if not record.ended:
             raise _left(job)
@@ -453,9 +471,10 @@ class Supervisor:
         coalesce: bool = True,
         who: str = "",
     ) -> Follower:
-        """A follower of a job's output, live or ended; the caller closes it.
+        """Return a follower of a live or ended job's output. The caller closes it.
 
-        Raises NotFound, and InvalidParams where the output is shorter than `start.offset`.
+        `start`, `streams`, `coalesce`: see `Spool.follow`. Raises NotFound, InvalidParams if the
+        output is shorter than `start.offset`, TooManyFollows, ShuttingDown, OutputError.
         """
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
@@ -464,15 +483,16 @@ class Supervisor:
             return await follow_from(spool, start, streams, coalesce)
 
     async def remove(self, job: JobId, *, force: bool, who: str = "") -> int:
-        """Remove an ended job, output and record: bytes freed. `force` kills a live one first.
+        """Remove an ended job, its output and its record. Returns how many bytes of output it had.
 
-        Raises NotFound, and Busy where it is alive or its output is being followed.
+        With `force` a live job is killed first, and followers lose the output. Raises NotFound, and
+        without `force` Busy if the job is live or its output is being followed.
         """
         with self._removals.marked(job) if force else nullcontext():
             return await self._remove(job, force=force, who=who)
 
     def is_being_removed(self, job: JobId) -> bool:
-        """Whether a job is being removed by force: its followers get no end of it any more."""
+        """Whether a job is being removed by force, so that its followers cannot get its end."""
         return job in self._removals
 
     async def _remove(self, job: JobId, *, force: bool, who: str) -> int:
@@ -494,10 +514,11 @@ class Supervisor:
     async def prune(
         self, policy: RetentionPolicy | None, owner: str | None
     ) -> Sequence[EndedOutput]:
-        """Apply a policy (None: the configured one) to ended jobs' output: what went.
+        """Apply a policy to ended jobs' output. Returns the output that was removed.
 
-        To that of `owner` alone, where one is given. What was told to have ended counts, though the
-        archive may only just take it up.
+        `policy`: None is the configured one. `owner`: only this owner's jobs; None: all. Includes
+        every job whose end clients know: waits until the archive has those that have just ended.
+        Raises InternalError, OutputError, OutOfDescriptors.
         """
         for execution in list(self._live.values()):
             if execution.ended.is_set():
@@ -508,9 +529,9 @@ class Supervisor:
         return await self._archive.prune(policy, only=own.__contains__)
 
     async def _close(self) -> None:
-        """Take nothing more; returns once it is known of each job whether it was admitted.
+        """Admit no more jobs. Returns once each admission that is under way is decided.
 
-        A refused one is then on its way to its end. Bounded by the disk.
+        Refused jobs are being killed then. Waits only for the disk.
         """
         self._closing = True
         if self._undecided:
@@ -518,7 +539,10 @@ class Supervisor:
             await self._all_decided.wait()
 
     async def shut_down(self, grace_seconds: float) -> None:
-        """Take nothing more, stop every job and wait for the ends, if they come in time."""
+        """Admit no more jobs, stop every job, and wait for the ends.
+
+        Jobs that have not ended `KILL_SECONDS` after the grace period are left.
+        """
         await self._close()
         executions = list(self._live.values())
         for execution in executions:
@@ -528,10 +552,10 @@ class Supervisor:
         await self._let_go(executions)
 
     async def leave(self) -> None:
-        """Take nothing more, and let go of every job.
+        """Admit no more jobs, and leave all jobs to the next service.
 
-        Those that start get some time for it, and those that are being stopped the usual grace.
-        What is undecided then is left to the next service.
+        Starts that are under way get `DECIDE_SECONDS` to finish, and jobs that are being stopped
+        the usual grace period. The next service goes on with those that are undecided then.
         """
         await self._close()
         for waiting in self._pending:
@@ -549,10 +573,10 @@ class Supervisor:
         await self._let_go(executions)
 
     async def _let_go(self, executions: Collection[Execution]) -> None:
-        """Have nothing more to do with jobs and launcher, whatever is still open between them.
+        """Leave all jobs and the launcher, even if some jobs are still being removed there.
 
-        An end that was told is recorded, and what the launcher has not forgotten by then is removed
-        by the next service.
+        Ends that clients know are recorded. The next service removes ended jobs that the launcher
+        still has.
         """
         for execution in executions:
             execution.leave(anyway=True)
@@ -561,13 +585,13 @@ class Supervisor:
         if self._launcher.silent:
             log.error("the launcher does not answer; it is left as it is")
         elif open_ones:
-            log.error("left with the launcher still busy with them: jobs %s", ", ".join(open_ones))
+            log.error("the launcher has not forgotten these jobs yet: %s", ", ".join(open_ones))
         self._launcher.give_up()
         for execution in executions:
             await execution.over.wait()
 
     async def _all(self, events: Iterable[Waitable], seconds: float) -> None:
-        """Wait for all events for so many seconds at most, and as long as the launcher answers."""
+        """Wait for all events, but at most so many seconds and while the launcher answers."""
         with trio.move_on_after(seconds), suppress(LauncherSilent):
             for event in events:
                 await self._launcher.wait_unless_silent(event)
