@@ -1,14 +1,14 @@
-"""One job from its admission to its end: the nursery that owns the child, its scope and output.
+"""One job from its admission to its end: the task with the nursery of all that belongs to it.
 
-    spawn ─► RUNNING ─► ┌ pump       pipes to spool, until the last writer is gone
-                        ├ deadline   the time-out asks for a stop
-                        ├ stopper    signal, grace period, kill
-                        └ exit wait  the launcher's word, at which the others end
-            ─► drain ─► seal ─► record ─► remove the scope ─► settle
+    spawn ─► RUNNING ─► ┌ output     a pump moves it from the pipes to the spool
+                        ├ time-out   ends the job after its time limit
+                        ├ ending     signal, grace period, kill
+                        └ exit       the launcher reports it; then the others end
+            ─► drain ─► seal ─► record ─► remove in the launcher ─► settle
 
-Requests never run in here: they ask (`request_stop`) and wait for events. So a client that
-goes away, or a request that is cancelled, changes nothing about a job. Each step of the end runs
-even if one before it failed, and its fault is logged; the record tells what came of the job.
+Clients' requests do not run in this task: they call `request_stop` and wait for events. So a
+client that disconnects, or a request that is cancelled, does not change a job. Each step of the end
+runs even if an earlier one failed. The fault is logged, and the record says how the job ended.
 """
 
 import errno
@@ -64,18 +64,22 @@ from jobworker.sandbox.start.plan import Order
 log = logging.getLogger("jobworker.jobs")
 
 RECORD_AGAIN_SECONDS = 1.0
+"""The pause before another attempt to write a record that the disk has refused."""
 START_AGAIN_SECONDS = 1.0
-TELL_AGAIN_SECONDS = 60.0
+"""The pause before another attempt to start a job that service or launcher could not start."""
+LOG_AGAIN_SECONDS = 60.0
+"""How often the log says that such a job still waits."""
 START_PATIENCE_SECONDS = 1.0
-"""What a start still gets once nobody wants it any more: most are through by then."""
+"""How long a start may go on after a stop or the end of the service. Most starts take less."""
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+"""Errors of a start that pass: no process, or no file descriptor, was left at that moment."""
 
 Clock = Callable[[], datetime]
 
 
 @frozen(kw_only=True)
 class Rules:
-    """What the configuration says about every job."""
+    """The settings of the configuration for every job."""
 
     defaults: Limits
     timeout_seconds: float
@@ -95,8 +99,8 @@ class Execution:
     """A live job. `ended` is set when its record is final."""
 
     record: JobRecord
-    """What may be told of it. Its end comes as a whole, with `ended`: when it is on the disk, or
-    the disk has refused it."""
+    """The record that clients may see. It has the end only once `ended` is set: when the end is on
+    the disk, or the disk has refused it."""
     spool: Spool
     _launcher: LauncherClient
     _history: History
@@ -104,45 +108,49 @@ class Execution:
     _clock: Clock
     _room: OutputRoom
     admitted_at_once: bool
-    """Whether there was room for it when it came; else it waits its turn."""
+    """Whether there was a free place when the job came; if not, it waits for one."""
     secrets: Secrets = field(factory=Secrets, repr=False)
-    """The values that the record masks: here and in the job alone, never on the disk."""
+    """The values of secret variables, which the record masks. They are never on the disk."""
     admission: trio.Event = field(factory=_set_event, init=False)
-    """Set once its first record is on the disk, or the job is `refused`."""
+    """Set once the job's first record is on the disk, or the job is `refused`."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
     parted: BatchedEvent = field(factory=BatchedEvent, init=False)
-    """Set once this service learns no more of the job: it has ended, or was left."""
+    """Set once this service gets no more news of the job: it has ended, or was left."""
     archived: trio.Event = field(factory=trio.Event, init=False)
-    """Set once its output is the archive's, which may remove it, whether the end is recorded."""
+    """Set once the archive has the output and may remove it, whether the end is recorded or not."""
     over: trio.Event = field(factory=trio.Event, init=False)
-    """Set once this task has nothing more to do with the job: it has ended, or was left."""
+    """Set once this task is done with the job: the job has ended, or was left."""
     forgotten: trio.Event = field(factory=trio.Event, init=False)
-    """Set once the supervisor knows it no more: all that is left is on the disk."""
+    """Set once the supervisor has forgotten the job: only history and archive have it."""
     _waits_for_the_next: bool = field(default=False, init=False)
+    """Whether the job, if it has not started, is left to the next service."""
     _left: bool = field(default=False, init=False)
-    """Whether nothing of it is waited for any more: this service ends."""
+    """Whether this service ends and does not wait for the job any more."""
     _unwanted: trio.Event = field(factory=trio.Event, init=False)
-    """Set once its start is not waited for any longer."""
+    """Set once the start may be given up: the job is to end, or the service ends."""
     _ends_with_service: bool = field(default=False, init=False)
-    """Whether nobody asked for its end before this service, which ends, did."""
+    """Whether the end of this service is the first reason for the job's end."""
     refused: bool = field(default=False, init=False)
-    """Whether its client was told that it could not be admitted."""
+    """Whether the client was told that the job could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
+    """Why the program was not started."""
     _changed: trio.Event = field(factory=trio.Event, init=False)
-    """Set when the record of a job that runs tells something new."""
+    """Set when the record of a running job has changed and is to be written."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
-    """Set once the end is on the disk, or the job removed, and the launcher has forgotten it."""
+    """Set once the end is on the disk, or the job is removed, and the launcher has forgotten it."""
     _unrecorded: bool = field(default=False, init=False)
-    """Whether the history must not have its record: it was refused, or removed."""
+    """Whether the record must not be in the history, since the job was refused or removed."""
     _settling: trio.Lock = field(factory=trio.Lock, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
+    """What the launcher has of the job, if an earlier service has started it."""
     _runs_since: float | None = field(default=None, init=False)
-    """When its program began by Trio's clock, which nobody sets back."""
+    """When the program began, by Trio's clock, which is never set back."""
     _exited_at: float | None = field(default=None, init=False)
-    """When its program ended by that clock."""
+    """When the program ended, by the same clock."""
     _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
+    """The scope of the tasks beside the running job. Its cancellation leaves the job."""
     _ending: Ending = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -155,13 +163,13 @@ class Execution:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked for the job's end."""
+        """Whether a client, or the end of the service, has asked for the job's end."""
         return self._ending.stopping
 
     def request_stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
-        """Ask for the end: send `number`, and kill after the grace period (None: the default).
+        """Ask for the job's end: send `number`, and kill after the grace period. None: the default.
 
-        May be called again; the earliest deadline counts, and each signal is delivered.
+        May be called again: each signal is delivered, and the earliest deadline counts.
         """
         if self.ended.is_set() or self._ending.exited:
             return
@@ -169,30 +177,30 @@ class Execution:
             self.record = evolve(self.record, stop_requested_at=self._clock())
         self._ending.stop(number, grace_seconds)
         self._unwanted.set()
-        if not self._launcher.keeps_asks:  # then the record alone tells the next service
+        if not self._launcher.keeps_asks:  # then only the record tells the next service of it
             self._changed.set()
 
     def end_with_service(self, grace_seconds: float) -> None:
-        """Ask for the end as `request_stop` does, since this service ends: the record tells why."""
+        """Ask for the job's end since this service ends, which the record will say."""
         self._ends_with_service = not self._ending.stopping
         self.request_stop(signal.SIGTERM, grace_seconds)
 
     def _on_told(self) -> None:
-        """Record a stop: the launcher has it, so that the next service finds all of it there."""
+        """Write a stop to the record, now that the launcher has it for the next service."""
         if self.record.stop_requested_at is not None:
             self._changed.set()
 
     def refuse(self) -> None:
-        """Take back a job whose admission could not be recorded: its client is told that.
+        """Take back a job whose admission could not be recorded. Its client gets an error.
 
-        It may run already; it is killed, and no record or output of it stays.
+        The job may run already. It is killed, and no record or output of it stays.
         """
         self.refused = self._unrecorded = True
         self._ending.stop(signal.SIGKILL, 0)
         self._unwanted.set()
 
     def inherit(self, started: Started, exits: Exits) -> None:
-        """Go on with a job that an earlier service has started: before `run`."""
+        """Go on with a job that an earlier service has started. Call it before `run`."""
         self._inherited = (started, exits)
         self.spool.restore_discarded(self.record.discarded_bytes)
         if started.asked is not None:
@@ -202,7 +210,8 @@ class Execution:
                 self.record = evolve(self.record, stop_requested_at=self._clock() - ago)
                 self._changed.set()
             return
-        # The launcher was not told, or is one of before, which was told and did not keep it.
+        # The launcher did not get a request to end the job, or it is of an earlier version, which
+        # got one and did not keep it.
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
             if not self._launcher.keeps_asks:
                 self._ending.go_on()
@@ -213,15 +222,15 @@ class Execution:
             self.request_stop(signal.SIGTERM, None)
 
     def inherit_end(self) -> None:
-        """Tell of an end that the history has, or the job's note where the history refused it."""
+        """Take the end from the record, which comes from the history or the job's note."""
         self.spool.close()
         self._tell(self.record)
 
     def leave(self, *, anyway: bool = False) -> None:
-        """Let go of a job that runs; one that is being stopped is seen to its end.
+        """Leave a running job to the next service, unless it is being stopped.
 
-        A start under way is given up, and the job waits for the next service. With `anyway` nothing
-        is waited for: a stop is recorded, and the next service goes on with it.
+        A start under way is given up, and the job waits for the next service. `anyway`: leave a job
+        that is being stopped too. The stop is recorded, and the next service goes on with it.
         """
         self._left = self._left or anyway
         self._unwanted.set()
@@ -229,30 +238,30 @@ class Execution:
             self._company.cancel()
 
     def wait_for_the_next(self) -> None:
-        """Leave a job that cannot be started at the moment to the next service."""
+        """Leave the job to the next service, if it has not started and cannot be started now."""
         self._waits_for_the_next = True
 
     def detach(self) -> None:
-        """Have nothing more to do with a job that is left."""
+        """End this service's part in a job that is left to the next one."""
         self.spool.close()
         self.parted.set()
         self.over.set()
 
     def record_now(self) -> JobRecord:
-        """Its record, with what it has written so far where it has not ended."""
+        """The record of the job, with the present sizes of its output if it has not ended."""
         return as_of_now(self.record, self.spool)
 
     async def usage(self) -> Usage | None:
-        """What the job uses now, or has used; None where it never ran."""
+        """What the job uses now, or has used; None if it never ran or the launcher cannot tell."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
             try:
                 return await self._launcher.usage(self.record.id)
             except JobworkerError:
-                return self.record.usage  # it ended meanwhile
+                return self.record.usage  # the job ended meanwhile
         return self.record.usage
 
     async def run(self) -> None:
-        """Run the job to its end. Raises nothing that belongs to this one job."""
+        """Run the job to its end, or until it is left. Raises only unexpected faults."""
         if self.ended.is_set():
             self.over.set()
             return
@@ -270,7 +279,7 @@ class Execution:
                 nursery.start_soon(self._ending.time_out, self._seconds_left(started))
                 nursery.start_soon(self._record_changes)
                 nursery.start_soon(self._take_notices, started.notices)
-                with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
+                with suppress(trio.EndOfChannel):  # the launcher has ended, and so has the job
                     ending = await exits.receive()
                 self._exited_at = trio.current_time() - (ending.seconds_ago if ending else 0)
                 self._ending.exited = True
@@ -278,9 +287,9 @@ class Execution:
                 if self.refused:  # before another record is waited for: the service may be ending
                     await self._settle()
                 nursery.cancel_scope.cancel()
-        # A job that was left is left, whatever is known of its end: output may stand in its pipes,
-        # which the launcher keeps, with its exit status, until the next service has both.
-        with suppress(trio.WouldBlock, trio.EndOfChannel):  # told just before the end
+        # A job that was left stays left, even if its exit is known: its pipes may still have
+        # output. The launcher keeps them, and the exit status, until the next service has both.
+        with suppress(trio.WouldBlock, trio.EndOfChannel):  # a notice may have come just before
             while True:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
@@ -309,10 +318,13 @@ class Execution:
                 )
 
     async def _begin(self) -> tuple[Started, Exits] | None:
-        """Have the job started, unless it was before; None where it could not be."""
+        """Have the launcher start the job, unless an earlier service has. None if it cannot.
+
+        If service or launcher lacks something at the moment, the job waits and is tried again.
+        """
         if self._inherited is not None:
             return self._inherited
-        told_at = -math.inf
+        logged_at = -math.inf
         while True:
             if self.record.state is State.PENDING:
                 if self._ending.stopping:
@@ -334,7 +346,7 @@ class Execution:
                     self.record = evolve(self.record, state=State.PENDING)
                     await self.store()
                     continue
-                if self._left:  # what became of the start, the next service will see
+                if self._left:  # the next service will see whether the job was started
                     self.start_error = _undecided(self.record.id)
                     if self._ending.stopping:
                         await self.store()
@@ -344,10 +356,10 @@ class Execution:
                 if self.admitted_at_once or not _may_pass(error):
                     await self._end_unstarted(error)
                     return None
-                if trio.current_time() > told_at + TELL_AGAIN_SECONDS:
-                    told_at = trio.current_time()
+                if trio.current_time() > logged_at + LOG_AGAIN_SECONDS:
+                    logged_at = trio.current_time()
                     log.error("job %d waits, and is tried again: %s", self.record.id, error)
-            # Nothing of it has run: it waits again, also for the next service.
+            # Its program has not run, so the job is PENDING again, also for the next service.
             self.record = evolve(self.record, state=State.PENDING)
             await self.store()
             await trio.sleep(START_AGAIN_SECONDS)
@@ -357,7 +369,7 @@ class Execution:
         return begun
 
     async def _spawn(self, order: Order, limits: cgroups.ScopeLimits) -> tuple[Started, Exits]:
-        """Have the launcher start the job, or give that up where it is not wanted any more."""
+        """Have the launcher start the job, or give the start up once it is `_unwanted`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_unwanted)
             try:
@@ -378,23 +390,23 @@ class Execution:
             await self._launcher.give_up_start(self.record.id)
 
     async def _whole_spec(self) -> JobSpec:
-        """What was asked for, also where only the history has all of it. Raises JobworkerError."""
+        """The whole request, from the record or from the history. Raises JobworkerError."""
         if not self.record.abridged:
             return self.record.spec
         stored = await self._history.request(self.record.id)
         if stored is None:
             raise InternalError(
-                f"cannot start job {self.record.id}: the history has lost what was asked for",
-                remedy="run it again",
+                f"cannot start job {self.record.id}: the history has lost its request",
+                remedy="run the command again",
             )
         return stored
 
     def shorten(self) -> None:
-        """Keep of the request what is needed while the job lives: the history has it whole."""
+        """Free the memory of a large request. The history has all of it."""
         self.record = without_bulk(self.record)
 
     def _output(self, started: Started) -> AbstractAsyncContextManager[None]:
-        if self.spool.sealed:  # an earlier service came so far with the job's end
+        if self.spool.sealed:  # an earlier service has sealed it at the job's end
             close_all([started.stdout, started.stderr])
             return nullcontext()
         mover = OutputMover(
@@ -408,7 +420,7 @@ class Execution:
         return mover.moving({Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr})
 
     def _output_cut(self, cut: OutputCut, why: str) -> None:
-        """Record that the log ends here, and do what the policy says."""
+        """Note in the record that the log is cut, and follow the policy of the configuration."""
         policy = self._policy_at(cut)
         self.record = evolve(self.record, output_cut=cut)
         self._note(why)
@@ -429,8 +441,8 @@ class Execution:
             self._take_notice(words)
 
     def _take_notice(self, words: str) -> None:
-        """Record what the launcher tells of the job while it runs."""
-        if words not in self.record.detail:  # else an earlier service was told
+        """Add a notice of the launcher about the running job to the record."""
+        if words not in self.record.detail:  # it is there if an earlier service got it too
             log.warning("job %d: %s", self.record.id, words)
             self._note(words)
             self._changed.set()
@@ -444,9 +456,9 @@ class Execution:
         self.record = self.record.noted(detail)
 
     async def store(self) -> bool:
-        """Record the job as it is now; a fault is logged, since the job goes on.
+        """Write the present record to the history. Returns whether it is there.
 
-        True where nothing is left to be recorded.
+        A refusal is logged: the job goes on.
         """
         return await self._store(self.record_now())
 
@@ -459,10 +471,10 @@ class Execution:
         return True
 
     async def _put(self, record: JobRecord) -> None:
-        """Have the history take a record of a job that is admitted. Raises InternalError.
+        """Write a record to the history, unless the job was refused or removed.
 
-        Of one whose admission is not recorded yet no later record may come before: it would have
-        the room that is set aside for ends, and stay where the job is refused.
+        Waits until the first record of the job is there. An earlier write would use the space that
+        is reserved for ends, and would stay if the job is refused. Raises InternalError.
         """
         if not self.admission.is_set():
             await self.admission.wait()
@@ -474,8 +486,10 @@ class Execution:
         return max(0.001, seconds - started.age_seconds) if seconds else None
 
     async def _record_changes(self) -> None:
-        """Record that the end was asked for, or the log cut: were this service killed now, the
-        next would go on. A full disk, one of the causes, is asked again.
+        """Write the record whenever it has changed: a stop was requested, or the log was cut.
+
+        So the next service goes on with it if this one is killed. If the disk refuses, which may be
+        why the log was cut, this tries again.
         """
         while True:
             await self._changed.wait()
@@ -486,7 +500,7 @@ class Execution:
                 log.debug("%s", error)
                 self._changed.set()
                 await trio.sleep(RECORD_AGAIN_SECONDS)
-            except BaseException:  # who leaves the job has to record it still
+            except BaseException:  # cancelled: `_leave_behind` has to write it
                 self._changed.set()
                 raise
 
@@ -514,22 +528,22 @@ class Execution:
         )
 
     async def fail_internally(self, incident: str) -> None:
-        """End a job that a fault of ours cut short, before `ended` was set."""
+        """End a job whose task failed by an unexpected fault before `ended` was set."""
         words = f"an internal fault ended the job (incident {incident})"
         await self._close(self._advanced(Event.FAIL, words, reason=Reason.LOST))
 
     async def _close(self, end: JobRecord) -> None:
-        """Seal the output, record the end, remove what is left, tell everyone: each in any case.
+        """Seal the output, record the end, announce it, and remove the job in the launcher.
 
-        In this order: were the service killed in between, the launcher would still have what
-        is not recorded, so nobody may see the end before. For the same reason a job whose end the
-        disk refuses keeps its place and its remains until the disk takes it (`settle`); who waits
-        is told at once.
+        Each step is done even if one before it fails. The order matters if the service is killed in
+        between: until the end is recorded, the launcher must have the job, and no client may see
+        the end. If the disk refuses the end, clients get it at once, but the job keeps its place,
+        also in the launcher, until the disk takes the end (`settle`).
         """
         self._ending.exited = True
         recorded = False
         try:
-            with trio.CancelScope(shield=True):  # waits for the disk alone
+            with trio.CancelScope(shield=True):  # waits only for the disk
                 try:
                     await self.spool.seal()
                 except OutputError as error:
@@ -538,7 +552,7 @@ class Execution:
                     log.exception("job %d: its output is not sealed", end.id)
                     end = end.noted(f"its output could not be sealed: {error}")
                 end = with_sizes(end, self.spool)
-                # Whoever is told of the end finds its output.
+                # Synced before the end is announced, so that the output outlives a power cut.
                 async with self.spool.synced(end.id, end.owner):
                     recorded = await self._store(end)
                 if self.spool.sync_fault:
@@ -561,9 +575,9 @@ class Execution:
         self.parted.set()
 
     async def settle(self) -> None:
-        """See the end recorded, or the job removed, and the launcher forget the job.
+        """Wait until the end is recorded, or the job is removed, and the launcher forgot the job.
 
-        That is tried again for as long as the disk or the launcher refuses.
+        Tries again as long as the disk or the launcher refuses.
         """
         while not self._settled.is_set():
             with trio.move_on_after(RECORD_AGAIN_SECONDS):
@@ -585,11 +599,11 @@ class Execution:
         return self._unrecorded and self._settled.is_set()
 
     def mark_removed(self, when: datetime) -> None:
-        """Note in the record of an ended job that its output was removed."""
+        """Note in memory that the output of an ended job was removed at this time."""
         self.record = evolve(self.record, output_removed_at=when)
 
     async def record_removal(self) -> None:
-        """Have the history take what was noted. Raises InternalError."""
+        """Write the record with the removal to the history. Raises InternalError."""
         await self._put(self.record)
 
     async def remove_record(self) -> bool:
@@ -605,9 +619,10 @@ class Execution:
         return self.is_gone
 
     async def _remove(self) -> bool:
-        """Have the launcher forget a job that it has started. Returns False where it may not have.
+        """Have the launcher kill and forget the job. Returns False if it may still have the job.
 
-        The next service would adopt a job that the launcher has and the history does not.
+        Then another attempt is needed: the next service would adopt a job that the launcher has and
+        the history does not have.
         """
         if self.record.started_at is not None:
             try:
@@ -621,10 +636,10 @@ class Execution:
         return True
 
     def _ended_at(self) -> datetime:
-        """When the job ended: not before it had run for as long as it did.
+        """The time at which the job ended: its start plus the time that it has run, or later.
 
-        That may be a while ago: output was drained since, or there was no service. And the time of
-        day may have been set back since its start.
+        The end may be a while ago, since output was drained after it, or no service was running.
+        The time of day may have been set back since the start.
         """
         now = trio.current_time()
         exited_at = now if self._exited_at is None else self._exited_at
@@ -635,7 +650,7 @@ class Execution:
         return max(ended_at, self.record.started_at + timedelta(seconds=ran_seconds))
 
     def _advanced(self, event: Event, *words: str, **changes: object) -> JobRecord:
-        """The record after `event`, with words about it."""
+        """The record after `event`, with `words` added to its detail and other `changes`."""
         record = self.record
         for each in words:
             record = record.noted(each)
@@ -648,7 +663,7 @@ class Execution:
 
 
 def _words_of(ending: JobExit | None, reason: Reason | None) -> Iterator[str]:
-    """What is to be said of an end."""
+    """Yield the sentences about an end for the record's detail."""
     if ending is None:
         yield "the launcher ended while the job was alive"
         return
@@ -662,6 +677,7 @@ def _words_of(ending: JobExit | None, reason: Reason | None) -> Iterator[str]:
 
 
 def _undecided(job: JobId) -> LauncherSilent:
+    """The error of a start of which this service does not learn whether it has succeeded."""
     return LauncherSilent(
         f"cannot tell what becomes of job {job}: the service is shutting down, and the launcher "
         "has not answered",
@@ -671,18 +687,18 @@ def _undecided(job: JobId) -> LauncherSilent:
 
 
 def _has_not_run(error: JobworkerError) -> bool:
-    """Whether a start failed because nobody wants it any more, and its program has not run.
+    """Whether a start was given up, so that the program has certainly not run.
 
-    It was given up by the launcher, which we asked for that, or was never sent there.
+    Either the launcher gave it up at this service's request, or it was never sent to the launcher.
     """
     given_up = error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
     return given_up or error.data.get("sent") is False
 
 
 def _may_pass(error: JobworkerError) -> bool:
-    """Whether a start failed for want of something that service or launcher lacked at the moment.
+    """Whether a start failed since service or launcher lacked something at the moment.
 
-    Not where the program may have run.
+    False if the program may have run.
     """
     if isinstance(error, OutOfDescriptors):
         return not error.data.get("may_have_run")
