@@ -1,19 +1,21 @@
 """Retention: which ended jobs' output is kept, and the removal of the rest.
 
-`choose` is the policy, pure: the oldest ends go first, until age, number and size are within their
-bounds. `EndedOutput` is what it chooses among: a line for each ended job whose output is on the
-disk, read from the directories at start and kept up to date from then on, in the order of the ends.
-There may be 100,000: but for the start, nothing here goes through all of them in one call of C's,
-which would keep the interpreter's lock.
+`choose` is the policy, a pure function: the output of the oldest ends is removed first, until age,
+number and size are within their bounds. It chooses among `EndedOutput`: an entry for each ended job
+whose output is on the disk. The entries are read from the directories when the service starts and
+are kept up to date from then on, in the order of the ends. There may be 100,000 of them. So, except
+at the start, no single call of a C function goes through all of them, since it would keep the
+interpreter's lock for too long.
 
-The disk has the last word about what may go. Output that is not sealed is a job's that has not
-ended, but where the service itself knows better: a full disk may refuse the seal, and its output
-must go for there to be room. Output that somebody reads is locked (flock(2), shared), also against
-`worker prune` in a process of its own. Both are left for a later time.
+The files say whether their output may be removed. If they are not sealed, the job has not ended.
+The service itself may know better: a full disk may have refused the seal, and then this output has
+to be removed to make room. Output that a process reads is locked (flock(2), shared), also against
+`worker prune`, which is a process of its own. Both kinds stay until a later attempt.
 
-What is not there any more and has no mark of a removal (`output.directory`) is missing: it counts
-for nothing, and is taken up again when it is back. So does what is there and cannot be read: it is
-passed over, the log names it once, and nothing else waits for it.
+Output is missing if it is not there and has no mark of a removal (`output.directory`). Missing
+output counts for nothing, and is included again when it is back. Output that is there but cannot be
+read counts for nothing either. The log names it once, and it does not stop the removal of other
+output.
 """
 
 import logging
@@ -36,37 +38,39 @@ from jobworker.model.job import JobId
 log = logging.getLogger("jobworker.jobs")
 
 _MAX_DIGITS = 16
-"""No job's id has more."""
+"""The most digits of a job's id."""
 
 
 @frozen
 class EndedOutput:
-    """An ended job's output on the disk."""
+    """The output of an ended job on the disk."""
 
     job: JobId
     ended_ns: int
+    """When the job ended, in nanoseconds since the epoch."""
     size: int
-    """Bytes of its three files."""
+    """The bytes of its three files."""
 
 
 @frozen
 class DirectoryChanges:
-    """What another process, or another hand, has done to the directory since the last look."""
+    """What another process or an administrator has done to the directory since the last look."""
 
     marked: frozenset[JobId]
-    """Those that have the mark of a removal, which the history may not have noted."""
+    """The jobs with the mark of a removal. The history may not have recorded it."""
     gone: list[EndedOutput]
-    """Those that are not there any more, for whichever reason."""
+    """The output that is not there any more, for whatever reason."""
 
 
 @frozen(kw_only=True)
 class RetentionPolicy:
-    """What is kept; None is no bound."""
+    """The bounds on the output that is kept. None is no bound."""
 
     max_age_seconds: float | None = None
     max_jobs: int | None = None
+    """The most ended jobs with output."""
     max_bytes: int | None = None
-    """Of all output, that of live jobs included."""
+    """The most bytes of all output, including that of live jobs."""
 
 
 def choose(
@@ -78,11 +82,11 @@ def choose(
     now_ns: int,
     goes: Callable[[EndedOutput], bool],
 ) -> None:
-    """Have go what `policy` does not keep, the oldest end first.
+    """Call `goes` for the output that `policy` does not keep, the oldest end first.
 
-    `number` and `size` are of all that counts. `goes` removes output, if it can: whether it counts
-    no more. What cannot go takes room all the same, and where that is short the next goes in its
-    place; by number it counts as gone.
+    `number`, `size`: how much output there is: its jobs and its bytes. `goes` removes an output if
+    it can, and returns whether it counts no longer. Output that cannot be removed still takes
+    space, so by size the next one has to go in its place. By number it counts as removed.
     """
     for each in oldest_first:
         age_ns = now_ns - each.ended_ns
@@ -98,71 +102,78 @@ def choose(
 
 @define(eq=False)
 class KeptOutput:
-    """All of one spool directory. Its calls wait for the disk: bring a thread, one at a time."""
+    """The output of the ended jobs of one spool directory.
+
+    Its methods wait for the disk: call them in a thread, one at a time.
+    """
 
     _spools: Path
     _seals: bool = False
-    """Whether whoever writes is in this process: what is taken up has ended then, sealed or not."""
+    """Whether this process is the service, which knows that a job has ended though its output is
+    not sealed."""
     _clock_ns: Callable[[], int] = time.time_ns
+    """The time by which output is old, in ns since the epoch."""
     _steady_ns: Callable[[], int] | None = None
-    """When a job that ends now ends; its own records may say otherwise, by a clock set back."""
+    """The time of an end, in ns since the epoch. The index may have another one, if the time of day
+    was set back."""
     _count: Callable[[int, int], None] = lambda _size, _was_live: None
-    """Told with each change how many more bytes are kept, or fewer, and how many of a job were
-    counted while it lived."""
+    """Called at each change, with how many bytes more are kept (negative: fewer), and how many
+    bytes were counted for the job while it lived."""
     _kept: dict[JobId, EndedOutput] = field(factory=dict, init=False)
     _order: list[tuple[int, JobId]] = field(factory=list, init=False)
-    """The end and the job of each, sorted."""
+    """The time of the end and the job of each entry, sorted."""
     _size: int = field(default=0, init=False)
-    """Of all of it."""
+    """The bytes of all entries."""
     _owners: dict[JobId, str] = field(factory=dict, init=False)
-    """Whose jobs these are, as far as that was told."""
+    """The owners of jobs, as far as they are known."""
     _sizes: dict[str, int] = field(factory=dict, init=False)
-    """Of what is kept, by owner."""
+    """The bytes of all entries of each owner."""
     dropped: int = field(default=0, init=False)
-    """How often something was kept no more, by whichever hand."""
+    """How many entries were dropped so far, whoever has removed the output."""
     _ending: dict[JobId, int] = field(factory=dict, init=False)
-    """Jobs that have just ended and are not taken up yet, with what was counted of each."""
+    """Jobs that have just ended and have no entry yet, with the bytes counted while they lived."""
     _missing: set[JobId] = field(factory=set, init=False)
-    """Ended jobs whose output was or should be there, is not, and was not removed by us."""
+    """Ended jobs whose output is not there and was not removed by this program."""
     _unreadable: set[JobId] = field(factory=set, init=False)
-    """Ended jobs whose output is there and cannot be read: each look tries again."""
+    """Ended jobs whose output is there and cannot be read. Each look tries again."""
 
     @property
     def all(self) -> Mapping[JobId, EndedOutput]:
-        """What is kept, by job."""
+        """The output that is kept, by job."""
         return self._kept
 
     @property
     def newest_ns(self) -> int:
-        """When the last job ended, in ns since the epoch; 0 where nothing is kept."""
+        """The time of the last end, in ns since the epoch; 0 if no output is kept."""
         return self._order[-1][0] if self._order else 0
 
     def size_of(self, owner: str) -> int:
-        """The bytes of an owner's output. May be asked at any time, in any thread."""
+        """The bytes of an owner's output. May be called at any time, in any thread."""
         return self._sizes.get(owner, 0)
 
     def load(
         self, live: Container[JobId] = (), owners: Mapping[JobId, str] = MappingProxyType({})
     ) -> None:
-        """Read what stands in the directory; what is no ended job's output is passed over.
+        """Make entries for the directory's output. Ignores all that is no ended job's output.
 
-        `owners` are those of the jobs whose output the history knows of. Raises OutputError,
-        OutOfDescriptors.
+        `live`: jobs that have not ended. `owners`: the owners of the jobs that have output by the
+        history. Raises OutputError, OutOfDescriptors.
         """
         self._owners.update(owners)
         names = self._names()
         for job in sorted(int(name) for name in names if name.isascii() and name.isdigit()):
-            if job not in live:  # in this order, most come behind those before them
+            if job not in live:  # in this order most ends are sorted: `_order` grows at its end
                 self.add(JobId(job))
 
     def add(self, job: JobId) -> None:
-        """Take up a job that ended before, where it left output. Raises OutOfDescriptors."""
+        """Make the entry of a job that ended before, if it left output. Raises OutOfDescriptors."""
         self._set(job, self._measure(job))
 
     def end(self, job: JobId, live_bytes: int = 0, owner: str = "") -> None:
-        """Take up a job that has just ended, of which so much was counted while it lived.
+        """Make the entry of a job that has just ended.
 
-        Where descriptors are short, the next `look` does.
+        `live_bytes`: how many bytes the budget has counted while it lived. If no file descriptor is
+        left, the next `look` makes the entry.
         """
         self._owners[job] = owner
         self._ending[job] = live_bytes
@@ -174,7 +185,10 @@ class KeptOutput:
             self._set(job, self._measure(job, ends_now=True))
 
     def _set(self, job: JobId, kept: EndedOutput | None) -> None:
-        """Change what is kept of a job; what is counted changes in the same step, and only here."""
+        """Set or remove the entry of a job. Only this method changes the counts, in the same step.
+
+        `kept` is None if there is no output.
+        """
         before = self._kept.pop(job, None)
         if before is not None:
             del self._order[bisect_left(self._order, (before.ended_ns, job))]
@@ -192,11 +206,11 @@ class KeptOutput:
         self._count(more, self._ending.pop(job, 0))
 
     def _measure(self, job: JobId, *, ends_now: bool = False) -> EndedOutput | None:
-        """What a job has left that may be removed. Raises OutOfDescriptors."""
+        """The output of an ended job by its files; None without any. Raises OutOfDescriptors."""
         directory = self._spools / str(job)
         try:
-            if self._seals:  # what a full disk refused at the job's end
-                # It is being read, and was refused; or part of it is gone, and the rest must go.
+            if self._seals:  # a full disk may have refused the seal at the job's end
+                # Busy: a process reads it. NotFound: a part of it is gone, and the rest must go.
                 with suppress(Busy, NotFound):
                     seal_output(directory, ends_now=ends_now)
             ended_ns, size = describe_output(directory, ended=self._seals)
@@ -213,17 +227,17 @@ class KeptOutput:
                 log.warning("job %d: its output counts for nothing, and stays: %s", job, error)
             return None
         except JobworkerError:
-            return None  # live: nothing that may be removed
+            return None  # the job lives
         self._unreadable.discard(job)
         with suppress(OSError):
             ended_ns = max(ended_ns, self._second_witness(directory, ended_ns, ends_now))
         return EndedOutput(job, ended_ns, size)
 
     def _second_witness(self, directory: Path, ended_ns: int, ends_now: bool) -> int:
-        """When a directory was changed last, which no end comes before.
+        """The time of the directory's last change, in ns: a lower bound for the time of the end.
 
-        Where a job ends while the clock is set back, that is set right: or its output would be old
-        as soon as the clock is right again.
+        If a job ends while the time of day is set back, this method corrects the directory's time.
+        Otherwise the output would seem old as soon as the time of day is right again.
         """
         if ends_now and self._steady_ns is not None:
             now_ns = self._steady_ns()
@@ -232,14 +246,14 @@ class KeptOutput:
         return directory.stat(follow_symlinks=False).st_mtime_ns
 
     def remove(self, job: JobId, *, force: bool = False) -> int:
-        """Remove a job's output: the bytes that it had, 0 where there was none.
+        """Remove a job's output. Returns how many bytes it had; 0 if there was none.
 
-        Raises Busy where it is written, or read (not with `force`: readers go on to its end), and
-        OutputError.
+        Raises Busy if the output is being written or read, and OutputError. With `force` it is
+        removed while it is being read: readers go on to its end.
         """
         try:
             freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
-        except NotFound:  # gone by another hand
+        except NotFound:  # another process, or an administrator, was faster
             freed = self._kept[job].size if job in self._kept else 0
             self.drop(job, removed=self._was_removed(job))
         else:
@@ -247,16 +261,16 @@ class KeptOutput:
         return freed
 
     def misses(self, job: JobId) -> bool:
-        """Whether a job's output is not there, and was not removed by us."""
+        """Whether a job's output is not there and was not removed by this program."""
         return job in self._missing
 
     @property
     def missing(self) -> int:
-        """The number of ended jobs whose output is not there and was not removed by us."""
+        """The number of ended jobs for which `misses` is true."""
         return len(self._missing)
 
     def expect(self, jobs: Iterable[JobId]) -> None:
-        """Count those of `jobs` that were not taken up as missing, until they are there.
+        """Count those of `jobs` without a directory as missing, until their output is there.
 
         Raises OutputError, OutOfDescriptors.
         """
@@ -264,7 +278,7 @@ class KeptOutput:
         self._missing.update(job for job in jobs if str(job) not in names)
 
     def look(self) -> DirectoryChanges:
-        """Drop what is not there any more, and take up what is there again.
+        """Compare the entries with the directory: drop some, make others again. Returns changes.
 
         Raises OutputError, OutOfDescriptors.
         """
@@ -284,7 +298,7 @@ class KeptOutput:
         return DirectoryChanges(marked, gone)
 
     def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
-        """The jobs that have the mark of a removal; one beside output that was put back goes."""
+        """The jobs with the mark of a removal. Removes a mark whose output was put back."""
         marked = set[JobId]()
         for job in map(marked_job, names):
             if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS:
@@ -295,14 +309,14 @@ class KeptOutput:
         return frozenset(marked)
 
     def _was_removed(self, job: JobId) -> bool:
-        """See `was_removed`; where that cannot be told, the output is missing."""
+        """See `was_removed`. If the disk cannot tell, the output counts as missing."""
         try:
             return was_removed(self._spools / str(job))
         except OutputError:
             return False
 
     def _names(self) -> set[str]:
-        """What stands in the directory: nothing where it is missing itself."""
+        """All names in the directory. For the service, none if the directory is missing."""
         with disk_errors("look for"):
             try:
                 with os.scandir(self._spools) as entries:
@@ -313,7 +327,7 @@ class KeptOutput:
                 return set()
 
     def drop(self, job: JobId, *, removed: bool) -> None:
-        """Count the output of a job as removed, or as missing."""
+        """Drop the entry of a job. Its output counts as `removed`, or else as missing."""
         self._set(job, None)
         self._unreadable.discard(job)
         if removed:
@@ -322,7 +336,7 @@ class KeptOutput:
             self._missing.add(job)
 
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
-        """Forget that the output of these jobs was removed or missing: the history knows."""
+        """Remove the marks of these jobs, and forget the jobs. The history has the removals."""
         for job in jobs:
             self.drop(job, removed=True)
             clear_mark(self._spools / str(job))
@@ -335,16 +349,17 @@ class KeptOutput:
         only: Callable[[JobId], bool] | None = None,
         live_bytes: int = 0,
     ) -> list[EndedOutput]:
-        """Remove what `policy` does not keep of the jobs that `only` names: what went.
+        """Remove the output that `policy` does not keep. Returns what was removed.
 
-        What cannot be read is dropped: it counts for nothing until it can be.
+        `only`: which jobs' output may be removed, and counts; None: all. `live_bytes`: the output
+        of live jobs. The entry of output that cannot be read is dropped until it can be read.
         """
         gone, tried = list[EndedOutput](), set[JobId]()
 
         def goes(each: EndedOutput) -> bool:
-            if each.job not in tried:  # what failed may have made its end a later one
+            if each.job not in tried:  # a failed removal may have given the entry a later end
                 tried.add(each.job)
-                with suppress(OutOfDescriptors):  # another time
+                with suppress(OutOfDescriptors):  # the next call tries again
                     if self._removes(each.job):
                         gone.append(each)
             return each.job not in self._kept
@@ -364,7 +379,7 @@ class KeptOutput:
         return gone
 
     def _oldest_first(self, only: Callable[[JobId], bool] | None) -> Iterator[EndedOutput]:
-        """What is kept, of the jobs that `only` names; any of it may go meanwhile."""
+        """Yield the entries of the jobs for which `only` is true. Entries may go meanwhile."""
         last = (-1, JobId(0))
         while (position := bisect_right(self._order, last)) < len(self._order):
             last = self._order[position]
@@ -372,15 +387,15 @@ class KeptOutput:
                 yield self._kept[last[1]]
 
     def _removes(self, job: JobId) -> bool:
-        """Remove a job's output, unless something is in the way: whether it went now."""
+        """Remove a job's output, if nothing prevents that. Returns whether it was removed now."""
         try:
             remove_output(self._spools / str(job), ended=self._seals)
         except NotFound:  # another process may have been faster
             self.drop(job, removed=self._was_removed(job))
         except OutputError:
-            self.add(job)  # it stays what is kept, for another time, where it can be read
+            self.add(job)  # the entry stays, for another attempt, if the output can be read
         except JobworkerError:
-            pass  # followed: another time
+            pass  # a process reads it: another attempt follows
         else:
             self._set(job, None)
             return True
