@@ -17,7 +17,7 @@ from jobworker.cli.command_line.failures import (
     print_note,
     run_program,
 )
-from jobworker.cli.worker_cli import jobs, output, session, volumes
+from jobworker.cli.worker_cli import jobs, list_jobs, output, run, session, volumes
 from jobworker.cli.worker_cli.connection_options import (
     CA,
     CERTIFICATE,
@@ -134,10 +134,10 @@ def worker_cli(
 
 
 for _command in (
-    jobs.run,
+    run.run,
     jobs.status,
     jobs.stop,
-    jobs.list_jobs,
+    list_jobs.list_jobs,
     output.log,
     output.rm,
     output.prune,

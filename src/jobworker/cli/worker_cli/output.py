@@ -8,10 +8,10 @@ import asyncclick as click
 
 from jobworker.cli.command_line.failures import print_text
 from jobworker.cli.command_line.parameters import Count, JobNumber, Moment, prune_options
+from jobworker.cli.worker_cli.connection import open_connection
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.worker_cli.follow import OutputStyle, print_output
-from jobworker.cli.worker_cli.jobs import open_connection
 from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
 from jobworker.model.units import format_size

@@ -6,8 +6,8 @@ import asyncclick as click
 
 from jobworker.cli.command_line.failures import one_line, print_text
 from jobworker.cli.command_line.parameters import Count
+from jobworker.cli.worker_cli.connection import open_connection
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
-from jobworker.cli.worker_cli.jobs import open_connection
 from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
