@@ -37,7 +37,8 @@ from jobworker.jobs.history.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output.batched_wakeups import BatchedEvent
 from jobworker.jobs.output.mover import OutputMover, OutputRoom
-from jobworker.jobs.output.spool import Spool, as_of_now, with_sizes
+from jobworker.jobs.output.sizes import as_of_now, with_sizes
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.secrets import Secrets
 from jobworker.model.job import (
     LOSSES_UNKNOWN,

@@ -28,7 +28,8 @@ from jobworker.jobs.history.history import History
 from jobworker.jobs.history.job_note import make_note
 from jobworker.jobs.inheritance import EndedJob
 from jobworker.jobs.output.directory import was_removed
-from jobworker.jobs.output.spool import Spool, with_sizes
+from jobworker.jobs.output.sizes import with_sizes
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.output.sync import NOT_SYNCED
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import Event, Reason, advance

@@ -12,7 +12,8 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.search import Start
-from jobworker.jobs.output.spool import Spool, as_of_now
+from jobworker.jobs.output.sizes import as_of_now
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.summary import summarize
 from jobworker.serialization.convert import unstructure

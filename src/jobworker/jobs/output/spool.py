@@ -20,17 +20,14 @@ that `write` runs.
 """
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import (
     AsyncIterator,
     Callable,
     Collection,
-    Hashable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -38,36 +35,25 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import trio
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from jobworker.errors import FollowerStalled, InvalidParams, OutputError
 from jobworker.jobs.output.batched_wakeups import AT_A_TIME, run_in_batches
+from jobworker.jobs.output.closing import close_files
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.index import BOTH, RECORD, LineStart, LogChunk, Place, ReadFilter
+from jobworker.jobs.output.recent_chunks import RecentChunks
 from jobworker.jobs.output.search import Start, StartPlace, bytes_before_line, find_start
 from jobworker.jobs.output.sync import OutputSync
-from jobworker.model.job import JobId, JobRecord, Stream
-from jobworker.sandbox.channel import close_all
+from jobworker.model.job import JobId, Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
-RECENT_BYTES, MAX_RECENT = 1 << 20, 256
-"""The bounds on the recent chunks of a spool: their bytes, and their number."""
 READER_THREADS = 4
 """The most threads that read from the disk for one spool, so that its readers leave threads to
 those of other spools."""
-
-
-@frozen
-class _Recent:
-    """The chunk that was read at a place, and the place after it."""
-
-    chunk: LogChunk
-    after: Place
-    was_all: bool
-    """Whether the log ended with the chunk when it was read."""
 
 
 @frozen(kw_only=True)
@@ -115,10 +101,7 @@ class Spool:
     _closed: bool = False
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
-    _recent: dict[Hashable, _Recent] = field(factory=dict)
-    """Chunks for other followers that come to the same place, in the order in which they were
-    read."""
-    _recent_bytes: int = 0
+    _recent: RecentChunks = field(factory=RecentChunks)
 
     @classmethod
     def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
@@ -362,40 +345,21 @@ class Spool:
         )
 
     async def read(self, place: Place, view: ReadFilter) -> tuple[LogChunk | None, Place]:
-        """See `OutputFiles.read`. A follower at a place that was just read gets the same chunk.
+        """See `OutputFiles.read`. Followers at the same place get the same chunk (`RecentChunks`).
 
-        If the log ended with that chunk, and has doubled its length from there since, the place is
-        read again: a late follower would otherwise get as many small chunks as the first one, and
-        stay late. Raises OutputError, FollowerStalled.
+        Raises OutputError, FollowerStalled.
         """
         self.read_at = time.monotonic()
-        key = (place, view.streams, view.coalesce, view.starts)
-        found = self._recent.get(key)
-        if found is not None and len(found.chunk.data) <= view.max_bytes:
-            size = len(found.chunk.data)
-            has_doubled = found.was_all and self.size - found.chunk.end >= size
-            if not (has_doubled and view.coalesce and 2 * size <= view.max_bytes):
-                return found.chunk, found.after
+        found = self._recent.get(place, view, self.size)
+        if found is not None:
+            return found
         there = self.size
         chunk, after = await self._look_up(
             lambda nowait: self._files.read(place, view, nowait=nowait)
         )
         if chunk is not None and not self._closed and self._followers > 1:
-            self._remember(key, _Recent(chunk, after, chunk.end >= there))
+            self._recent.put(place, view, chunk, after, there)
         return chunk, after
-
-    def _remember(self, key: Hashable, new: _Recent) -> None:
-        if (before := self._recent.pop(key, None)) is not None:
-            self._recent_bytes -= len(before.chunk.data)
-        self._recent[key] = new
-        self._recent_bytes += len(new.chunk.data)
-        while self._recent_bytes > RECENT_BYTES or len(self._recent) > MAX_RECENT:
-            oldest = self._recent.pop(next(iter(self._recent)))
-            self._recent_bytes -= len(oldest.chunk.data)
-
-    def _forget_recent(self) -> None:
-        self._recent.clear()
-        self._recent_bytes = 0
 
     async def _look_up(self, look: Callable[[bool], T]) -> T:
         """Call `look(True)`, which reads the page cache, or else `look(False)` in a thread."""
@@ -416,7 +380,7 @@ class Spool:
         """
         if not self._closed:
             self._closed = True
-            self._forget_recent()
+            self._recent.clear()
             self._release()
 
     def lend(self, when_closed: Callable[[], None]) -> None:
@@ -431,7 +395,7 @@ class Spool:
         self._idle.discard(follower)
         self._followers -= 1
         if self._followers < 2:
-            self._forget_recent()
+            self._recent.clear()
         if not self.shut:
             self._release()
 
@@ -446,7 +410,7 @@ class Spool:
         Followers are not woken. They get FollowerStalled from their next read.
         """
         self.shut = True
-        self._forget_recent()
+        self._recent.clear()
         self._hold()
         self._users -= self._followers
         self._release()
@@ -484,44 +448,7 @@ class Spool:
         if self._users == 1 and self._when_closed is not None and not self._closed:
             self.close()
         elif not self._users:
-            _close(self._files.let_go())
+            close_files(self._files.let_go())
             when_closed, self._when_closed = self._when_closed, None  # it may refer to this spool
             if when_closed is not None:
                 when_closed()
-
-
-_closing = trio.lowlevel.RunVar[trio.CapacityLimiter]("closing")
-"""One thread at a time closes removed files, since the file system may have gigabytes to free."""
-
-
-def _close(files: Sequence[int]) -> None:
-    """Close files; if one of them was removed, in a thread."""
-    if trio.lowlevel.in_trio_run() and any(not os.fstat(file).st_nlink for file in files):
-        trio.lowlevel.spawn_system_task(_close_removed, files)
-    else:
-        close_all(files)
-
-
-async def _close_removed(files: Sequence[int]) -> None:
-    try:
-        limiter = _closing.get()
-    except LookupError:
-        _closing.set(limiter := trio.CapacityLimiter(1))
-    with trio.CancelScope(shield=True):
-        await in_thread(close_all, files, limiter=limiter)
-
-
-def as_of_now(record: JobRecord, spool: Spool) -> JobRecord:
-    """The record of a job with its output's present sizes; of an ended job, `record` itself."""
-    return record if record.ended else with_sizes(record, spool)
-
-
-def with_sizes(record: JobRecord, spool: Spool) -> JobRecord:
-    """The record of a job with the sizes of `spool` at this moment, and its discarded bytes."""
-    sizes = spool.statistics()
-    return evolve(
-        record,
-        stdout_bytes=sizes.stdout_bytes,
-        stderr_bytes=sizes.stderr_bytes,
-        discarded_bytes=sizes.discarded_bytes,
-    )
