@@ -250,7 +250,7 @@ class Execution:
 
     def record_now(self) -> JobRecord:
         """The record of the job, with the present sizes of its output if it has not ended."""
-        return as_of_now(self.record, self.spool)
+        return as_of_now(self.record, self.spool.statistics())
 
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None if it never ran or the launcher cannot tell."""
@@ -552,7 +552,7 @@ class Execution:
                 except Exception as error:
                     log.exception("job %d: its output is not sealed", end.id)
                     end = end.noted(f"its output could not be sealed: {error}")
-                end = with_sizes(end, self.spool)
+                end = with_sizes(end, self.spool.statistics())
                 # Synced before the end is announced, so that the output outlives a power cut.
                 async with self.spool.synced(end.id, end.owner):
                     recorded = await self._store(end)

@@ -189,4 +189,4 @@ async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> E
         await spool.seal()
     except OutputError as error:
         log.warning("job %d: %s", record.id, error)
-    return EndedJob(with_sizes(record, spool), spool)
+    return EndedJob(with_sizes(record, spool.statistics()), spool)

@@ -41,7 +41,8 @@ async def page_of(
     for number in sorted(merged, reverse=True)[:limit]:
         one = merged[number]
         if not isinstance(one, str):
-            one = dumps(unstructure(summarize(as_of_now(*one))))
+            record, spool = one
+            one = dumps(unstructure(summarize(as_of_now(record, spool.statistics()))))
             if len(found) % LIVE_AT_A_TIME == 0:
                 await trio.lowlevel.checkpoint()
         found.append((number, one))

@@ -1,19 +1,35 @@
-"""A job's record with the sizes of its output at this moment."""
+"""The sizes of a job's output at one moment, and the job's record with them."""
 
-from attrs import evolve
+from attrs import evolve, frozen
 
-from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobRecord
 
 
-def as_of_now(record: JobRecord, spool: Spool) -> JobRecord:
+@frozen(kw_only=True)
+class SpoolStatistics:
+    """The state of a spool at one moment."""
+
+    stdout_bytes: int
+    stderr_bytes: int
+    discarded_bytes: int
+    records: int
+    sealed: bool
+    followers: int
+    idle_followers: int
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some output was discarded."""
+        return self.discarded_bytes > 0
+
+
+def as_of_now(record: JobRecord, sizes: SpoolStatistics) -> JobRecord:
     """The record of a job with its output's present sizes; of an ended job, `record` itself."""
-    return record if record.ended else with_sizes(record, spool)
+    return record if record.ended else with_sizes(record, sizes)
 
 
-def with_sizes(record: JobRecord, spool: Spool) -> JobRecord:
-    """The record of a job with the sizes of `spool` at this moment, and its discarded bytes."""
-    sizes = spool.statistics()
+def with_sizes(record: JobRecord, sizes: SpoolStatistics) -> JobRecord:
+    """The record of a job with these sizes of its output, and its discarded bytes."""
     return evolve(
         record,
         stdout_bytes=sizes.stdout_bytes,

@@ -13,38 +13,35 @@ either the follower sees the bytes, or `wake` sees an idle follower.
 Followers read from the page cache in the event loop, and use a thread only for bytes that are not
 cached. Followers at the same place get the same LogChunk object, so the server encodes it once.
 
-The files are closed when the last user is gone: the owner, each follower, each call in a thread. If
-the files were removed meanwhile, a thread closes them, since the file system then frees their
-blocks. All methods belong to Trio's thread, except `create`, `open`, `open_ended` and the functions
-that `write` runs.
+The files are closed when the last user is gone (`output.spool_users`). All methods belong to Trio's
+thread, except `create`, `open`, `open_ended` and the functions that `write` runs.
 """
 
 import math
 import time
-from collections import deque
 from collections.abc import (
     AsyncIterator,
     Callable,
     Collection,
-    Iterator,
     Mapping,
 )
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
 import trio
-from attrs import define, field, frozen
+from attrs import Factory, define, field
 
 from jobworker.errors import FollowerStalled, InvalidParams, OutputError
-from jobworker.jobs.output.batched_wakeups import AT_A_TIME, run_in_batches
-from jobworker.jobs.output.closing import close_files
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.idle_followers import IdleFollowers
 from jobworker.jobs.output.index import BOTH, RECORD, LineStart, LogChunk, Place, ReadFilter
 from jobworker.jobs.output.recent_chunks import RecentChunks
 from jobworker.jobs.output.search import Start, StartPlace, bytes_before_line, find_start
+from jobworker.jobs.output.sizes import SpoolStatistics
+from jobworker.jobs.output.spool_users import SpoolUsers
 from jobworker.jobs.output.sync import OutputSync
 from jobworker.model.job import JobId, Stream
 from jobworker.threads import in_thread
@@ -54,24 +51,6 @@ T = TypeVar("T")
 READER_THREADS = 4
 """The most threads that read from the disk for one spool, so that its readers leave threads to
 those of other spools."""
-
-
-@frozen(kw_only=True)
-class SpoolStatistics:
-    """The state of a spool at one moment."""
-
-    stdout_bytes: int
-    stderr_bytes: int
-    discarded_bytes: int
-    records: int
-    sealed: bool
-    followers: int
-    idle_followers: int
-
-    @property
-    def truncated(self) -> bool:
-        """Whether some output was discarded."""
-        return self.discarded_bytes > 0
 
 
 @define(eq=False)
@@ -89,16 +68,10 @@ class Spool:
     """Why the output may not be on the disk, once `synced` has ended; "" if it is there."""
     read_at: float = -math.inf
     """The time when a follower began or read last, by time.monotonic."""
-    shut: bool = False
-    """Whether `shut_out` was called: the files are closed though there may be followers."""
-    _idle: set[Follower] = field(factory=set)
-    _to_poke: deque[Follower] = field(factory=deque)
-    """Followers that were idle and are about to be woken, a few in each turn of the loop."""
-    _poking: bool = False
-    _followers: int = 0
-    _users: int = 1
-    _when_closed: Callable[[], None] | None = None
-    _closed: bool = False
+    _idle: IdleFollowers = field(factory=IdleFollowers)
+    _users: SpoolUsers = field(
+        default=Factory(lambda self: SpoolUsers(self._files), takes_self=True), init=False
+    )
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
     _recent: RecentChunks = field(factory=RecentChunks)
@@ -181,8 +154,8 @@ class Spool:
             discarded_bytes=self._files.discarded_bytes,
             records=self._files.records,
             sealed=self.sealed,
-            followers=self._followers,
-            idle_followers=len(self._idle) + len(self._to_poke),
+            followers=self._users.followers,
+            idle_followers=len(self._idle),
         )
 
     # --- writing ----------------------------------------------------------------------------
@@ -241,17 +214,7 @@ class Spool:
 
     def wake(self) -> None:
         """Wake the idle followers: there is more to read, or the log has ended."""
-        self._to_poke.extend(self._idle)
-        self._idle.clear()
-        if not self._poking:
-            self._poking = True
-            run_in_batches(self._poke_some)
-
-    def _poke_some(self) -> bool:
-        for _ in range(min(AT_A_TIME, len(self._to_poke))):
-            self._to_poke.popleft().poke()
-        self._poking = bool(self._to_poke)
-        return self._poking
+        self._idle.wake()
 
     @asynccontextmanager
     async def synced(self, job: JobId, owner: str) -> AsyncIterator[None]:
@@ -271,8 +234,8 @@ class Spool:
             owner=owner,
             files=files,
             directory=self._files.directory,
-            hold=self._hold,
-            release=self._release,
+            hold=self._users.hold,
+            release=self._users.release,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sync.run)
@@ -298,11 +261,10 @@ class Spool:
         """
         self._check_not_shut()
         self.check_offset(offset)
-        if self._closed:
+        if self._users.closed:
             raise trio.ClosedResourceError("cannot follow a closed spool")
         self.read_at = time.monotonic()
-        self._followers += 1
-        self._users += 1
+        self._users.add_follower()
         view = ReadFilter(streams=frozenset(streams), coalesce=coalesce, starts=starts)
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
 
@@ -357,7 +319,7 @@ class Spool:
         chunk, after = await self._look_up(
             lambda nowait: self._files.read(place, view, nowait=nowait)
         )
-        if chunk is not None and not self._closed and self._followers > 1:
+        if chunk is not None and not self._users.closed and self._users.followers > 1:
             self._recent.put(place, view, chunk, after, there)
         return chunk, after
 
@@ -378,42 +340,41 @@ class Spool:
         Followers go on, and the files stay open for them. Seal the spool first: otherwise followers
         wait for ever.
         """
-        if not self._closed:
-            self._closed = True
-            self._recent.clear()
-            self._release()
+        self._recent.clear()
+        self._users.close()
 
     def lend(self, when_closed: Callable[[], None]) -> None:
-        """From now on, close the spool once nobody but its owner uses it; then call `when_closed`.
-
-        For the spool of an ended job, whose owner is the archive.
-        """
-        self._when_closed = when_closed
+        """See `SpoolUsers.lend`."""
+        self._users.lend(when_closed)
 
     def forget(self, follower: Follower) -> None:
         """Forget a follower that was closed. For `Follower.close`."""
         self._idle.discard(follower)
-        self._followers -= 1
-        if self._followers < 2:
+        if self._users.followers <= 2:  # one follower alone shares no chunks
             self._recent.clear()
-        if not self.shut:
-            self._release()
+        self._users.remove_follower()
 
     @property
     def has_files(self) -> bool:
         """Whether the spool has users, so its files are open."""
-        return self._users > 0
+        return self._users.any
+
+    @property
+    def shut(self) -> bool:
+        """Whether `shut_out` was called: the files are closed though there may be followers."""
+        return self._users.shut
 
     def shut_out(self) -> None:
         """Close the files once no thread uses them, to free their descriptors.
 
         Followers are not woken. They get FollowerStalled from their next read.
         """
-        self.shut = True
         self._recent.clear()
-        self._hold()
-        self._users -= self._followers
-        self._release()
+        self._users.shut_out()
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep the files open during the block."""
+        return self._users.in_use()
 
     def _check_not_shut(self) -> None:
         if self.shut:
@@ -430,25 +391,3 @@ class Spool:
     def cancel_poke(self, follower: Follower) -> None:
         """Undo `await_poke`."""
         self._idle.discard(follower)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep the files open during the block."""
-        self._hold()
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _hold(self) -> None:
-        self._users += 1
-
-    def _release(self) -> None:
-        self._users -= 1
-        if self._users == 1 and self._when_closed is not None and not self._closed:
-            self.close()
-        elif not self._users:
-            close_files(self._files.let_go())
-            when_closed, self._when_closed = self._when_closed, None  # it may refer to this spool
-            if when_closed is not None:
-                when_closed()
