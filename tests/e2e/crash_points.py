@@ -20,6 +20,7 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.index import RECORD, Record
+from jobworker.jobs.output.index_file import IndexFile
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
@@ -89,15 +90,15 @@ def between_splice_and_record() -> None:
 
 def within_a_record() -> None:
     """Die with a third of a record in the index."""
-    put = OutputFiles._put
+    put = IndexFile._put
 
-    def patched(self: OutputFiles, number: int, record: Record) -> None:
+    def patched(self: IndexFile, number: int, record: Record) -> None:
         if for_the_victim.get():
-            os.pwrite(self._index, record.pack()[:11], number * RECORD.size)
+            os.pwrite(self.fd, record.pack()[:11], number * RECORD.size)
             die()
         put(self, number, record)
 
-    setattr(OutputFiles, "_put", patched)  # noqa: B010
+    setattr(IndexFile, "_put", patched)  # noqa: B010
 
 
 POINTS: dict[str, Callable[[], None]] = {

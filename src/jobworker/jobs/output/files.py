@@ -28,14 +28,12 @@ write. Any number of threads may read. Every call may wait for the disk, and for
 the caller provides a thread.
 """
 
-import errno
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 from attrs import define, evolve, field
@@ -49,9 +47,8 @@ from jobworker.jobs.output.directory import (
     open_files,
     remove_files,
 )
+from jobworker.jobs.output.file_reads import FileReads
 from jobworker.jobs.output.index import (
-    BLOCK_RECORDS,
-    EMPTY,
     RECORD,
     LogChunk,
     Place,
@@ -59,6 +56,7 @@ from jobworker.jobs.output.index import (
     Record,
     plan_read,
 )
+from jobworker.jobs.output.index_file import IndexFile
 from jobworker.model.job import Stream
 
 
@@ -67,25 +65,14 @@ class OutputFiles:
     """The three open files of one job. `records` and `last` describe the log that can be read."""
 
     _data: dict[Stream, int]
-    _index: int
+    _index: IndexFile
+    _reads: FileReads
     _clock: Callable[[], int]
-    _log: tuple[int, Record] = (0, EMPTY)
-    """The number of records and the last one. One tuple, since readers in other threads must see
-    both change together."""
     _written: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
     discarded_bytes: int = 0
     sealed: bool = False
     lost: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
     """The bytes of each stream that records describe and the data file does not have."""
-    _cut_records: int = 0
-    """How many records at the end of the index are not part of the log: they do not follow their
-    predecessor, or the data files have fewer bytes."""
-    _unwritten: Mapping[int, Record] = MappingProxyType({})
-    """The log's last records that the index does not have, by number. A writer replaces the mapping
-    and never changes it. A reader reads `records` first: a record below that number is either here
-    or in the index."""
-    _can_read_cache_only: bool = True
-    """Whether the file system supports RWF_NOWAIT of preadv(2)."""
     directory: Path = field(default=Path(), kw_only=True)
     """The directory in which the files were opened."""
 
@@ -95,8 +82,7 @@ class OutputFiles:
 
         `clock` returns nanoseconds since the epoch. Raises OutputError.
         """
-        *data, index = create_files(directory)
-        return cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
+        return cls._of(create_files(directory), directory, clock)
 
     @classmethod
     def open(
@@ -116,13 +102,27 @@ class OutputFiles:
                 files = cls._open(directory, True, clock)
                 undo.callback(files.close)
                 if files.sealed and goes_on:
-                    files._cut_seal()
+                    files._index.cut_seal()
+                    files.sealed = False
                 if not files.sealed:
                     files._recover()
             else:
-                lock_to_read(files._index)
+                lock_to_read(files._index.fd)
             undo.pop_all()
         return files
+
+    @classmethod
+    def _of(cls, fds: Sequence[int], directory: Path, clock: Callable[[], int]) -> Self:
+        *data, index = fds
+        reads = FileReads()
+        streams = dict(zip(Stream, data, strict=True))
+        return cls(streams, IndexFile(index, reads), reads, clock, directory=directory)
+
+    @classmethod
+    def gone(cls) -> Self:
+        """The files of an ended job without output: there are none."""
+        reads = FileReads()
+        return cls({}, IndexFile(-1, reads), reads, time.time_ns)
 
     @classmethod
     def _open(
@@ -133,8 +133,7 @@ class OutputFiles:
         *,
         partial: bool = False,
     ) -> Self:
-        *data, index = open_files(directory, writable=writable, partial=partial)
-        files = cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
+        files = cls._of(open_files(directory, writable=writable, partial=partial), directory, clock)
         with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             files._load()
@@ -154,7 +153,7 @@ class OutputFiles:
             if not files.sealed:
                 files._show_all()
                 files.sealed = True
-            lock_to_read(files._index)
+            lock_to_read(files._index.fd)
             undo.pop_all()
         return files
 
@@ -169,15 +168,15 @@ class OutputFiles:
     @property
     def can_be_sealed(self) -> bool:
         """Whether the log is not sealed, and a seal can be added without cutting off records."""
-        return not (self.sealed or self._cut_records)
+        return not (self.sealed or self._index.cut_records)
 
     def size_on_disk(self) -> int:
         """The size of the three files together, in bytes."""
-        return sum(os.fstat(fd).st_size for fd in (*self._data.values(), self._index))
+        return sum(os.fstat(fd).st_size for fd in (*self._data.values(), self._index.fd))
 
     def remove(self, directory: Path, *, force: bool) -> None:
         """Remove the files, which stand in `directory`; see `remove_files` for errors."""
-        remove_files(directory, self._index, force=force)
+        remove_files(directory, self._index.fd, force=force)
 
     def close(self) -> None:
         """Close the files. A second call does nothing. No other call may be under way."""
@@ -189,7 +188,7 @@ class OutputFiles:
 
         No other call may be under way.
         """
-        fds = [*self._data.values(), self._index] if self._data else []
+        fds = [*self._data.values(), self._index.fd] if self._data else []
         self._data = {}
         return fds
 
@@ -199,12 +198,12 @@ class OutputFiles:
         None if there is no output.
         """
         data = [fd for stream, fd in self._data.items() if self._written[stream]]
-        return [*data, self._index] if data else []
+        return [*data, self._index.fd] if data else []
 
     @property
     def last(self) -> Record:
         """The state of the log as readers can see it."""
-        return self._log[1]
+        return self._index.last
 
     @property
     def written_bytes(self) -> int:
@@ -214,7 +213,7 @@ class OutputFiles:
     @property
     def records(self) -> int:
         """The number of records of the log."""
-        return self._log[0]
+        return self._index.records
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -227,7 +226,7 @@ class OutputFiles:
         splice(2).
         """
         with disk_errors("write"):
-            self._flush()
+            self._index.flush()
             # At an explicit offset: splice refuses files opened for appending (EINVAL).
             count = os.splice(
                 pipe_fd,
@@ -238,7 +237,7 @@ class OutputFiles:
             )
             self._written[stream] += count
             self._show_written()
-            self._flush()
+            self._index.flush()
         return count
 
     def count_discarded(self, count: int) -> None:
@@ -258,7 +257,7 @@ class OutputFiles:
         try:
             if self.record_discarded():
                 with disk_errors("seal"):
-                    self._write(evolve(self.last, time_ns=self._clock()))
+                    self._index.write(evolve(self.last, time_ns=self._clock()))
         except OutputError:
             pass
         self.sealed = True
@@ -267,9 +266,9 @@ class OutputFiles:
         """Write the exact count of discarded bytes to the index. Returns False if that fails."""
         try:
             with disk_errors("write"):
-                self._flush()
+                self._index.flush()
                 if self.discarded_bytes != self.last.discarded_bytes:
-                    self._write(
+                    self._index.write(
                         evolve(
                             self.last,
                             time_ns=self._clock(),
@@ -288,57 +287,17 @@ class OutputFiles:
         for stream, length in self._written.items():
             if length > self.last.length_of(stream):
                 now_ns = self._clock() if time_ns is None else time_ns
-                record = self.last.with_length(stream, length, now_ns)
-                self._unwritten = {**self._unwritten, self.records: record}
-                self._log = (self.records + 1, record)
-
-    def _flush(self) -> None:
-        """Write the records that are in memory to the index. Raises OSError."""
-        for number, record in self._unwritten.items():
-            self._put(number, record)
-        if self._unwritten:
-            self._unwritten = {}
-
-    def _write(self, record: Record) -> None:
-        """Write a record to the index and add it to the log. Raises OSError; then it is in neither.
-
-        The index must have all records before it (`_flush`).
-        """
-        self._put(self.records, record)
-        self._log = (self.records + 1, record)
-
-    def _put(self, number: int, record: Record) -> None:
-        # At an explicit offset: after a short write the next attempt overwrites the torn record.
-        packed = record.pack()
-        done = 0
-        while done < RECORD.size:
-            done += os.pwrite(self._index, packed[done:], number * RECORD.size + done)
+                self._index.add(self.last.with_length(stream, length, now_ns))
 
     # --- opening ----------------------------------------------------------------------------
 
     def _load(self) -> None:
-        """Find the last valid record: it follows its predecessor, and its data is there."""
-        sizes = self._sizes()
-        number = os.fstat(self._index).st_size // RECORD.size
-        found = number
-        record = self._read_record(number - 1)
-        told = EMPTY  # the last record that follows its predecessor, whether its data is there
-        while number:
-            before = self._read_record(number - 2)
-            if record.follows(before):
-                told = told if told.time_ns else record
-                if all(record.length_of(stream) <= sizes[stream] for stream in Stream):
-                    self.sealed = record.seals(before)
-                    break
-            number, record = number - 1, before
-        self._log = (number, record)
-        self._cut_records = found - number
-        self._written = {stream: record.length_of(stream) for stream in Stream}
+        """Load the index, and count what the data files do not have."""
+        sizes = {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
+        told, self.sealed = self._index.load(sizes)
+        self._written = {stream: self.last.length_of(stream) for stream in Stream}
         self.lost = {stream: max(0, told.length_of(stream) - sizes[stream]) for stream in Stream}
-        self.discarded_bytes = max(record.discarded_bytes, told.discarded_bytes)
-
-    def _sizes(self) -> dict[Stream, int]:
-        return {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
+        self.discarded_bytes = max(self.last.discarded_bytes, told.discarded_bytes)
 
     def _show_all(self) -> None:
         """Add records for bytes that have none, with the time of their file's last change."""
@@ -347,53 +306,40 @@ class OutputFiles:
             self._written[stream] = status.st_size
             self._show_written(status.st_mtime_ns)
 
+    def _recover(self) -> None:
+        with disk_errors("recover"):
+            self._index.truncate()
+            if lost := sum(self.lost.values()):
+                self.discarded_bytes += lost
+                self.record_discarded()
+            self._show_all()
+            with full_disk_may_refuse():  # the records stay in memory; the next write tries again
+                self._index.flush()
+
+    # --- reading ----------------------------------------------------------------------------
+
     def record(self, number: int) -> Record:
         """Record `number` of the log; number -1 is the empty state before the first one.
 
         Raises OutputError.
         """
         with disk_errors("read"):
-            return self._read_record(number)
+            return self._index.record(number)
 
     def read_stream(
         self, stream: Stream, offset: int, size: int, *, nowait: bool = False
     ) -> bytes | bytearray:
         """Read `size` bytes at `offset` of one stream's file. `nowait` and errors as for `read`."""
         with disk_errors("read"):
-            return self._read(self._data[stream], size, offset, nowait)
-
-    def _read_record(self, number: int, nowait: bool = False) -> Record:
-        if number < 0:
-            return EMPTY
-        if (record := self._unwritten.get(number)) is not None:
-            return record
-        offset = number * RECORD.size  # a record is never in two pages, so it is read whole
-        return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
-
-    def _cut_seal(self) -> None:
-        number = self.records - 2
-        self._log = (number + 1, self._read_record(number))
-        self.sealed = False
-
-    def _recover(self) -> None:
-        with disk_errors("recover"):
-            os.ftruncate(self._index, self.records * RECORD.size)
-            if lost := sum(self.lost.values()):
-                self.discarded_bytes += lost
-                self.record_discarded()
-            self._show_all()
-            with full_disk_may_refuse():  # the records stay in memory; the next write tries again
-                self._flush()
-
-    # --- reading ----------------------------------------------------------------------------
+            return self._reads.read(self._data[stream], size, offset, nowait=nowait)
 
     def find(self, offset: int, *, nowait: bool) -> Place:
         """The place at merged `offset`, 0 to `last.size`. `nowait` and errors as for `read`."""
         with disk_errors("read"):
             number = bisect_right(
-                range(self.records), offset, key=lambda n: self._read_record(n, nowait).size
+                range(self.records), offset, key=lambda n: self._index.record(n, nowait=nowait).size
             )
-            before = self._read_record(number - 1, nowait)
+            before = self._index.record(number - 1, nowait=nowait)
         return Place(number, before.stdout_bytes, before.stderr_bytes, offset - before.size)
 
     def read(
@@ -409,7 +355,7 @@ class OutputFiles:
         if place.number >= self.records:
             return None, place
         with disk_errors("read"):
-            block = self._read_records(place.number, nowait)
+            block = self._index.block(place.number, nowait=nowait)
             whole = len(block) // RECORD.size * RECORD.size
             try:
                 span, after = plan_read(memoryview(block)[:whole], place, view)
@@ -417,40 +363,12 @@ class OutputFiles:
                 raise OutputError(f"cannot read the job's output: bad index: {error}") from None
             if span is None:
                 return None, after
-            data = self._read(self._data[span.stream], span.size, span.file_offset, nowait)
+            data = self._reads.read(
+                self._data[span.stream], span.size, span.file_offset, nowait=nowait
+            )
         if len(data) < span.size:  # the page cache does not have all of it
             after = span.start.plus(len(data))
         chunk = LogChunk(
             stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data
         )
         return chunk, after
-
-    def _read_records(self, first: int, nowait: bool) -> bytes | bytearray:
-        """The bytes of at most `BLOCK_RECORDS` records from number `first` on."""
-        records, unwritten = self.records, self._unwritten
-        count = min(BLOCK_RECORDS, min(unwritten, default=records) - first)
-        if count > 0:
-            return self._read(self._index, count * RECORD.size, first * RECORD.size, nowait)
-        return b"".join(unwritten[number].pack() for number in range(first, records))
-
-    def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes | bytearray:
-        """Read all `size` bytes, or with `nowait` at least one of them."""
-        if not nowait:
-            data = os.pread(fd, size, offset)
-            if len(data) < size:
-                raise OutputError("cannot read the job's output: a file is shorter than its index")
-            return data
-        if not self._can_read_cache_only:
-            raise BlockingIOError
-        buffer = bytearray(size)
-        try:
-            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # tmpfs, among others
-                self._can_read_cache_only = False
-                raise BlockingIOError from None
-            raise
-        if not count:
-            raise BlockingIOError  # the file has become shorter: the read in a thread reports it
-        del buffer[count:]
-        return buffer

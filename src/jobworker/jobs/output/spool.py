@@ -118,7 +118,7 @@ class Spool:
     @classmethod
     def gone(cls, sync_fault: str = "") -> Self:
         """The spool of an ended job without files: sealed and empty."""
-        return cls(OutputFiles({}, -1, time.time_ns), sealed=True, sync_fault=sync_fault)
+        return cls(OutputFiles.gone(), sealed=True, sync_fault=sync_fault)
 
     @property
     def lost_bytes(self) -> int:

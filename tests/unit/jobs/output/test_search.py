@@ -248,7 +248,7 @@ def test_tail_of_a_long_index_reads_few_of_its_records(monkeypatch: pytest.Monke
             index = b"".join(
                 Record(n, 2 * n, files.last.stderr_bytes, 0).pack() for n in range(1, total)
             )
-            os.pwrite(files._index, index, RECORD.size)
+            os.pwrite(files._index.fd, index, RECORD.size)
             os.pwrite(files._data[OUT], b".\n" * total, 0)
         finally:
             files.close()
