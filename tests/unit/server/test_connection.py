@@ -18,7 +18,6 @@ from jobworker.client.credentials import Credentials
 from jobworker.client.websocket import WebSocket, upgrade
 from jobworker.config.roles import role_table
 from jobworker.config.settings import Settings
-from jobworker.errors import JobworkerError, SendStalled
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.history import History
 from jobworker.jobs.supervisor import Supervisor
@@ -34,10 +33,9 @@ from jobworker.server.connection import serve_connection
 from jobworker.server.fairness.connection_limiter import ConnectionLimiter
 from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler, FairThreadPool
 from jobworker.server.fairness.send_budget import SendBudget
-from jobworker.server.fairness.slots import LARGE_BYTES, LOOK_SECONDS, Slots
+from jobworker.server.fairness.slots import LARGE_BYTES, Slots
 from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises
-from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.configuration_reader import configured_files
 from jobworker.tls_stream import TLSStream
@@ -226,30 +224,3 @@ async def test_who_waits_for_a_long_request_to_be_read_is_about(
         await client.send(" " * 2 * LARGE_BYTES)
         await until(lambda: bool(served))
     assert served == [1]
-
-
-@pytest.mark.parametrize("is_wanted", [False, True])
-async def test_who_takes_a_large_reply_slowly_is_let_go_once_somebody_waits(
-    autojump_clock: object, is_wanted: bool
-) -> None:
-    """Else it would ask again, for as long as it lives, for what it cannot take in time."""
-    slots, faults = Slots(in_all=1, for_each=1), list[JobworkerError]()
-    assert slots.acquire_nowait(NAME)
-
-    async def watch() -> None:
-        conversation = SimpleNamespace(
-            _socket=SimpleNamespace(taken_bytes=0),
-            _context=SimpleNamespace(stall_seconds=STALL_SECONDS),
-            _end=faults.append,
-        )
-        await Conversation._end_unless_taken(cast(Conversation, conversation), slots, NAME)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        await trio.sleep(10 * STALL_SECONDS)
-        assert not faults, "nobody minds"
-        if is_wanted:
-            nursery.start_soon(slots.acquire, "another")
-        await trio.sleep(2 * LOOK_SECONDS)
-        nursery.cancel_scope.cancel()
-    assert [type(fault) for fault in faults] == [SendStalled] * is_wanted

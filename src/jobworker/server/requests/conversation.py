@@ -10,15 +10,9 @@ of a client whose requests all wait for jobs. The server makes long replies one 
 the client has taken the one before it. Large requests and replies need a slot (`slots`). So a
 client that sends requests and reads no replies delays only itself (backpressure), and all of its
 connections together cost a bounded amount of memory.
-
-A message is sent whole or not at all. A message that is cut off breaks the stream (`tls_stream`),
-so the end of a subscription does not cancel a message that is being sent: otherwise it would end
-the connection. Only the end of the connection cancels it, or a client that takes nothing for too
-long.
 """
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
@@ -27,14 +21,10 @@ from trio_websocket import ConnectionClosed
 
 from jobworker.errors import (
     Busy,
-    CertificateRefused,
     InternalError,
     JobworkerError,
     MessageTooLarge,
     PermissionDenied,
-    PingUnanswered,
-    SendStalled,
-    ShuttingDown,
     TooManyFollows,
     TooManyFrames,
     TooManyRequests,
@@ -42,9 +32,8 @@ from jobworker.errors import (
 )
 from jobworker.jobs.output.batched_wakeups import cancel_in_batches
 from jobworker.model.access import Permission
-from jobworker.model.units import parse_duration
-from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
-from jobworker.protocol.frames import Frame, frame_text
+from jobworker.protocol.closing import TOO_BIG
+from jobworker.protocol.frames import frame_text
 from jobworker.protocol.messages import Nothing, opened_by
 from jobworker.protocol.methods import METHODS, Method
 from jobworker.protocol.session import (
@@ -59,16 +48,12 @@ from jobworker.server.access.authorization import Caller
 from jobworker.server.access.connected_clients import ConnectedClient
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.delivery.subscriptions import Subscriptions
-from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
-from jobworker.server.requests import operations
+from jobworker.server.fairness.slots import LARGE_BYTES
+from jobworker.server.requests import operations, watches
 from jobworker.server.requests.read_backpressure import ReadBackpressure
+from jobworker.server.requests.sending import Sender
 from jobworker.token_bucket import TokenBucket
 
-log = logging.getLogger("jobworker.server")
-
-DISMISSAL_SECONDS = 0.3
-"""The time for a dismissed client to take the messages on their way, and then again to take the
-closing frame with the reason."""
 IN_ORDER = frozenset({"job.credit", "job.unfollow"})
 """Notifications that wait for nothing. They are done before the client's next message is served."""
 IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.discover"})
@@ -80,10 +65,6 @@ SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND = 1000, 20
 
 Clients ping once a second at the most, and answer our pings, which come twice a minute.
 """
-SERVE_SECONDS = 60.0
-"""How long a large request may take beyond `stall_seconds`; a job starts within seconds."""
-MAX_REASON_BYTES = 120
-"""The longest reason of a closing frame; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
 
 @define(eq=False)
@@ -95,9 +76,7 @@ class Conversation:
     _context: operations.OperationContext
     _session: ServerSession = field(init=False)
     _subscriptions: Subscriptions = field(init=False)
-    _scope: trio.CancelScope = field(factory=trio.CancelScope)
-    _sends: set[trio.CancelScope] = field(factory=set)
-    """A shielded scope for each message that is being sent, since messages are sent whole."""
+    _sender: Sender = field(init=False)
     _calls: set[trio.CancelScope] = field(factory=set)
     """The scopes of the tasks that serve calls."""
     _busy: int = 0
@@ -108,14 +87,10 @@ class Conversation:
     intake: ReadBackpressure = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
-    _fault: JobworkerError | None = None
-    """Why the server ends the connection, if the client reached a limit."""
-    _leaving: bool = False
-    _quiet: trio.Event = field(factory=trio.Event)
-    """Set once no message is being sent any more to a client that has to leave."""
 
     def __attrs_post_init__(self) -> None:
         limits = self._context.limiter.limits
+        self._sender = Sender(self._socket, self._client, self._context.limiter)
         self._session = ServerSession(limits.max_requests_in_flight)
         self._small_frames = TokenBucket(
             trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
@@ -143,7 +118,7 @@ class Conversation:
         """
         small = self._socket.take_small_frames()
         if small and not self._small_frames.take(trio.current_time(), small):
-            self._end(
+            self._sender.end(
                 TooManyFrames(
                     f"cannot take more than {SMALL_FRAMES_PER_SECOND} control frames and short "
                     f"parts of messages a second, after {SMALL_FRAMES_BURST} at once"
@@ -153,17 +128,8 @@ class Conversation:
         try:
             return await self.intake.wait_for_room(size)
         except TooSlow as slow:
-            self._end(slow)
+            self._sender.end(slow)
             await trio.sleep_forever()
-
-    def _cancel(self) -> None:
-        """End the conversation, and cancel each message that is being sent, also by the reader."""
-        self._scope.cancel()
-        self._cancel_sends()
-
-    def _cancel_sends(self) -> None:
-        for send in tuple(self._sends):
-            send.cancel()
 
     async def _in_scope(self, serve: Callable[..., Awaitable[None]], *arguments: object) -> None:
         with trio.CancelScope() as scope:
@@ -182,9 +148,15 @@ class Conversation:
         try:
             async with trio.open_nursery() as calls:
                 try:
-                    with self._scope:
+                    with self._sender.scope:
                         async with trio.open_nursery() as nursery:
-                            nursery.start_soon(self._ping)
+                            nursery.start_soon(
+                                watches.ping,
+                                self._socket,
+                                self.intake,
+                                self._context.limiter.limits,
+                                self._sender.end,
+                            )
                             # ConnectionClosed does not leave the nursery: Python keeps the frames
                             # of an exception group until it next collects cycles.
                             with suppress(ConnectionClosed):
@@ -192,15 +164,16 @@ class Conversation:
                                     await self._take(await self._next_message(), calls)
                             nursery.cancel_scope.cancel()
                 finally:
-                    self._leaving = True
-                    self._cancel_sends()
+                    self._sender.stop()
                     await cancel_in_batches(self._calls)
                     calls.cancel_scope.cancel()
         finally:
             closed = self._socket.closed
             if closed is not None and closed.code == TOO_BIG:
                 limit = self._context.limiter.limits.max_message_bytes
-                self._tell(MessageTooLarge(f"cannot take a message of more than {limit} bytes"))
+                self._sender.record_limit(
+                    MessageTooLarge(f"cannot take a message of more than {limit} bytes")
+                )
             self._subscriptions.close()
             self.intake.close()
 
@@ -210,46 +183,22 @@ class Conversation:
 
         If the service ends, the client first gets what the server owes it: replies, and output
         whose end is known. The service bounds that time.
-
-        A message that is being sent gets `DISMISSAL_SECONDS` to be taken. If it were cut off, the
-        stream would break, and the client could not get the reason.
         """
         try:
             await self._client.leaving.wait()
             while not self._client.reason and self._owes:
                 await self._less_busy.park()
-            self._leaving, self._quiet = True, trio.Event()
-            if self._sends:
-                with trio.move_on_after(DISMISSAL_SECONDS):
-                    await self._quiet.wait()
+            await self._sender.finish()
         finally:  # also if this task is cancelled before
-            self._cancel()
+            self._sender.cancel()
+
+    async def say_goodbye(self) -> bool:
+        """See `Sender.say_goodbye`."""
+        return await self._sender.say_goodbye()
 
     @property
     def _owes(self) -> bool:
         return bool(self._session.in_flight or self._busy or self._subscriptions.owe)
-
-    async def say_goodbye(self) -> bool:
-        """Send a closing frame. Returns whether the client answered it in `DISMISSAL_SECONDS`.
-
-        The frame's code says whether the client may connect again, and its reason says why. After
-        its answer a client sends nothing more.
-
-        A client that closed first, or broke the connection, gets no frame. A client whose answer
-        comes late still gets the frame, since the connection lingers.
-        """
-        if self._fault is not None:
-            code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
-        elif self._client.reason:
-            code, reason = REFUSED, f"{CertificateRefused.name}: {self._client.reason}"
-        else:
-            code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
-        if self._socket.closed is not None:
-            return False
-        told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-        with trio.move_on_after(DISMISSAL_SECONDS, shield=True) as bound:
-            await self._socket.aclose(code, told)
-        return not bound.cancelled_caught
 
     async def _next_message(self) -> str | bytes:
         """Read the next message, and wait until a turn of the client's name has come."""
@@ -268,7 +217,12 @@ class Conversation:
         """
         large = len(message) > LARGE_BYTES
         if large:
-            calls.start_soon(self._end_unless_served, self.intake.begin())
+            calls.start_soon(
+                watches.end_unless_served,
+                self.intake.begin(),
+                self._context.stall_seconds,
+                self._sender.end,
+            )
         received = await self._read(message)
         del message
         # Requests that wait for a job do not count here: credits behind them must be read.
@@ -277,7 +231,7 @@ class Conversation:
         if isinstance(received, InvalidRequest):
             self._note(received)
             if received.message is not None:
-                await self._send(received.message)
+                await self._sender.send(received.message)
         elif received.method.name in IN_ORDER and not received.answered:
             await self._outcome(received)
         elif large and received.method.name in LARGE_REQUESTS:
@@ -290,17 +244,6 @@ class Conversation:
 
         if large:
             self.intake.end()
-
-    async def _end_unless_served(self, served: trio.Event) -> None:
-        """End the conversation if a large request is not served in time.
-
-        The server cannot serve it while the client takes no replies.
-        """
-        seconds = self._context.stall_seconds + SERVE_SECONDS
-        with trio.move_on_after(seconds):
-            await served.wait()
-            return
-        self._end(TooSlow(f"cannot go on: a large request was not served in {seconds:g} s"))
 
     async def _read(self, message: str | bytes) -> RpcRequest | InvalidRequest:
         """Decode a request: a long one in a thread, a large one only if the client may run jobs."""
@@ -337,7 +280,7 @@ class Conversation:
         elif not isinstance(error, Busy):  # Busy does not mean that the message is malformed
             self._context.auditor.malformed(who, peer, error)
         if isinstance(error, TooManyRequests):
-            self._tell(error)
+            self._sender.record_limit(error)
 
     async def _serve_notification(self, call: RpcRequest) -> None:
         with self._being_busy():
@@ -365,7 +308,7 @@ class Conversation:
         with self._being_busy():
             message = self._encode(call, outcome)
             if len(message) <= LARGE_BYTES:
-                await self._send(message)
+                await self._sender.send(message)
                 return outcome
             slots, name = self._context.replies, self._client.identity.common_name
             again = False
@@ -381,32 +324,19 @@ class Conversation:
                 frame = frame_text(message)
                 del message
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._end_unless_taken, slots, name)
-                    await self._send([frame])
+                    nursery.start_soon(
+                        watches.end_unless_taken,
+                        self._socket,
+                        slots,
+                        name,
+                        self._context.stall_seconds,
+                        self._sender.end,
+                    )
+                    await self._sender.send([frame])
                     nursery.cancel_scope.cancel()
             finally:
                 slots.release(name)
         return outcome
-
-    async def _end_unless_taken(self, slots: Slots, name: str) -> None:
-        """End the conversation if the client takes a large reply too slowly and others wait.
-
-        The client has a grace of `stall_seconds`, and one second more for each
-        `LEAST_BYTES_PER_SECOND` bytes that it has taken.
-        """
-        with suppress(trio.ClosedResourceError):  # then the connection has ended
-            began, before = trio.current_time(), self._socket.taken_bytes
-            left = grace = self._context.stall_seconds
-            while left > 0 or not slots.are_wanted_of(name):
-                await trio.sleep(left if left > 0 else LOOK_SECONDS)
-                earned = (self._socket.taken_bytes - before) / LEAST_BYTES_PER_SECOND
-                left = grace + earned - (trio.current_time() - began)
-            self._end(
-                SendStalled(
-                    f"cannot send a large reply: others wait, and after {grace:g} s the client "
-                    f"took less than {LEAST_BYTES_PER_SECOND} bytes a second"
-                )
-            )
 
     def _encode(self, call: RpcRequest, outcome: object) -> str:
         if isinstance(outcome, JobworkerError):
@@ -434,7 +364,7 @@ class Conversation:
             return await operations.call(self._context, caller, call.method, call.params)
         except JobworkerError as error:
             if isinstance(error, TooManyFollows):
-                self._tell(error)
+                self._sender.record_limit(error)
             return error
         except Exception:  # noqa: BLE001 - recorded
             incident = self._context.incidents.record("call", call.method.name)
@@ -447,76 +377,5 @@ class Conversation:
         """Send the output of the subscription that a call has opened, if it opened one."""
         subscription = opened_by(outcome)
         if subscription is not None:
-            await self._subscriptions.run(subscription, self._send)
+            await self._subscriptions.run(subscription, self._sender.send)
             self._less_busy.unpark_all()
-
-    async def _send(self, message: str | Sequence[Frame]) -> None:
-        """Send a message or several, each whole or not at all.
-
-        The conversation ends if the client takes nothing for too long.
-        """
-        if self._leaving:
-            await trio.sleep_forever()  # until the connection has ended
-        sent = False
-        with trio.CancelScope(shield=True) as right:
-            self._sends.add(right)
-            try:
-                frames = [frame_text(message)] if isinstance(message, str) else message
-                await self._socket.send_frames(frames)
-                sent = True
-            except SendStalled as stalled:
-                self._end(stalled)
-            except (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed) as broken:
-                log.debug("%s: cannot send: %r", self._client.peer, broken)
-                self._cancel()
-            finally:
-                self._sends.discard(right)
-                if not self._sends:
-                    self._quiet.set()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if not sent:
-            await trio.sleep_forever()  # until the conversation's end cancels this task
-
-    async def _ping(self) -> None:
-        """Ping the client at intervals; end the conversation if it shows no sign of life.
-
-        Messages on their way come before a ping, which may take long on a slow line. So the bytes
-        that the client takes are a sign of life too.
-        """
-        limits = self._context.limiter.limits
-        interval, timeout = (
-            parse_duration(limits.ping_interval),
-            parse_duration(limits.ping_timeout),
-        )
-        while interval:
-            await trio.sleep(interval)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._end_in_silence, timeout)
-                await self._socket.ping()
-                nursery.cancel_scope.cancel()
-
-    async def _end_in_silence(self, seconds: float) -> None:
-        """End the conversation if the client takes no byte for that long, the ping included.
-
-        While the reader is paused this goes on waiting: the client's answer may be among the bytes
-        that were not read yet.
-        """
-        before, now = None, self._signs_of_life()
-        while now != before or self.intake.paused:
-            await trio.sleep(seconds)
-            before, now = now, self._signs_of_life()
-        self._end(PingUnanswered(f"cannot go on: a ping was not answered in {seconds:g} s"))
-
-    def _signs_of_life(self) -> tuple[int, int]:
-        return self._socket.taken_bytes, self.intake.pauses
-
-    def _end(self, fault: JobworkerError) -> None:
-        if not self._scope.cancel_called:
-            self._fault = fault
-            self._tell(fault)
-            self._cancel()
-
-    def _tell(self, error: JobworkerError) -> None:
-        self._context.limiter.record_limit(
-            f"{self._client.peer} ({self._client.identity.common_name})", error
-        )
