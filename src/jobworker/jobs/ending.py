@@ -27,7 +27,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
-from jobworker.model.job import KILLED_FOR_MEMORY, JobId
+from jobworker.model.job import JobId
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, EndRequest
 from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit
@@ -224,21 +224,3 @@ def _is_of_memory(ending: JobExit) -> bool:
     """
     killed = ending.signal == signal.SIGKILL
     return ending.want == "limit" or (ending.want != "" and killed)
-
-
-def memory_words(ending: JobExit, reason: Reason | None) -> str:
-    """The detail of an end with kills for want of memory, if the job's own limit was not the cause.
-
-    Else "".
-    """
-    if ending.want == "kernel" and reason is Reason.OOM:
-        return (
-            f"it was {KILLED_FOR_MEMORY}: it held more of the kernel's own than a job may, "
-            "in sockets or locks on files that its memory limit does not count"
-        )
-    if ending.want != "host":
-        return ""
-    count = ending.usage.oom_kills if ending.usage is not None else "some"
-    some = f"{count} of its processes {'was' if count == 1 else 'were'}"
-    who = "it was" if reason is Reason.OOM else some
-    return f"{who} {KILLED_FOR_MEMORY}: the host, or a control group above the job's, had none left"

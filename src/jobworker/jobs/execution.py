@@ -11,11 +11,10 @@ client that disconnects, or a request that is cancelled, does not change a job. 
 runs even if an earlier one failed. The fault is logged, and the record says how the job ended.
 """
 
-import errno
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime, timedelta
 
@@ -28,11 +27,10 @@ from jobworker.errors import (
     LauncherGone,
     LauncherSilent,
     NotFound,
-    OutOfDescriptors,
     OutputError,
-    SandboxError,
 )
-from jobworker.jobs.ending import Ending, memory_words
+from jobworker.jobs.end_words import words_of
+from jobworker.jobs.ending import Ending
 from jobworker.jobs.history.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output.batched_wakeups import BatchedEvent
@@ -40,11 +38,9 @@ from jobworker.jobs.output.mover import OutputMover, OutputRoom
 from jobworker.jobs.output.sizes import as_of_now, with_sizes
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.secrets import Secrets
+from jobworker.jobs.start_failures import has_not_run, may_pass, undecided
 from jobworker.model.job import (
-    LOSSES_UNKNOWN,
-    LOST_WRITES,
     SERVICE_ENDED,
-    JobId,
     JobRecord,
     JobSpec,
     Limits,
@@ -72,8 +68,7 @@ LOG_AGAIN_SECONDS = 60.0
 """How often the log says that such a job still waits."""
 START_PATIENCE_SECONDS = 1.0
 """How long a start may go on after a stop or the end of the service. Most starts take less."""
-_SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE})
-"""Errors of a start that pass: no process, or no file descriptor, was left at that moment."""
+
 
 Clock = Callable[[], datetime]
 
@@ -343,18 +338,18 @@ class Execution:
                 begun = await self._spawn(order, limits_of(spec))
                 break
             except JobworkerError as error:
-                if _has_not_run(error):
+                if has_not_run(error):
                     self.record = evolve(self.record, state=State.PENDING)
                     await self.store()
                     continue
                 if self._left:  # the next service will see whether the job was started
-                    self.start_error = _undecided(self.record.id)
+                    self.start_error = undecided(self.record.id)
                     if self._ending.stopping:
                         await self.store()
                     self.detach()
                     self.decided.set()
                     return None
-                if self.admitted_at_once or not _may_pass(error):
+                if self.admitted_at_once or not may_pass(error):
                     await self._end_unstarted(error)
                     return None
                 if trio.current_time() > logged_at + LOG_AGAIN_SECONDS:
@@ -525,7 +520,7 @@ class Execution:
         if ending is not None:
             changes = {"exit_code": ending.code, "signal": ending.signal, "usage": ending.usage}
         await self._close(
-            self._advanced(event, *_words_of(ending, reason), reason=reason, **changes)
+            self._advanced(event, *words_of(ending, reason), reason=reason, **changes)
         )
 
     async def fail_internally(self, incident: str) -> None:
@@ -661,46 +656,3 @@ class Execution:
         if state in TERMINAL:
             changes["ended_at"] = self._ended_at()
         return evolve(record, state=state, **changes)  # type: ignore[arg-type]
-
-
-def _words_of(ending: JobExit | None, reason: Reason | None) -> Iterator[str]:
-    """Yield the sentences about an end for the record's detail."""
-    if ending is None:
-        yield "the launcher ended while the job was alive"
-        return
-    if words := memory_words(ending, reason):
-        yield words
-    for place in ending.lost:
-        where = f"the volume {place}" if place else "its disk"
-        yield f"some of what it wrote to {where} {LOST_WRITES}"
-    for name in ending.unseen:
-        yield f"whether all that it wrote to the volume {name} is kept {LOSSES_UNKNOWN}"
-
-
-def _undecided(job: JobId) -> LauncherSilent:
-    """The error of a start of which this service does not learn whether it has succeeded."""
-    return LauncherSilent(
-        f"cannot tell what becomes of job {job}: the service is shutting down, and the launcher "
-        "has not answered",
-        remedy=f"do not run it again before `worker-cli status {job}` tells what became of it",
-        data={"job": job},
-    )
-
-
-def _has_not_run(error: JobworkerError) -> bool:
-    """Whether a start was given up, so that the program has certainly not run.
-
-    Either the launcher gave it up at this service's request, or it was never sent to the launcher.
-    """
-    given_up = error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
-    return given_up or error.data.get("sent") is False
-
-
-def _may_pass(error: JobworkerError) -> bool:
-    """Whether a start failed since service or launcher lacked something at the moment.
-
-    False if the program may have run.
-    """
-    if isinstance(error, OutOfDescriptors):
-        return not error.data.get("may_have_run")
-    return type(error) is SandboxError and error.data.get("errno") in _SHORTAGES

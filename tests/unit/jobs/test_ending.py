@@ -9,7 +9,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from jobworker.errors import NotFound, SandboxError
-from jobworker.jobs.ending import Ending, memory_words
+from jobworker.jobs.end_words import memory_words
+from jobworker.jobs.ending import Ending
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.cgroup.accounting import Want
