@@ -18,7 +18,8 @@ import trio
 
 from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.jobs.output.directory import mark_of, was_removed
-from jobworker.jobs.retention import KeptOutput, RetentionPolicy
+from jobworker.jobs.retention import KeptOutput
+from jobworker.jobs.retention_policy import RetentionPolicy
 
 from ..services import open_embedded
 from .conftest import until

@@ -37,7 +37,8 @@ from jobworker.jobs.output.directory import disk_errors, was_removed
 from jobworker.jobs.output.mover import OutputRoom
 from jobworker.jobs.output.pace import OutputPace
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import EndedOutput, KeptOutput, RetentionPolicy
+from jobworker.jobs.retention import KeptOutput
+from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread

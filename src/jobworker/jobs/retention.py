@@ -1,10 +1,9 @@
 """Retention: which ended jobs' output is kept, and the removal of the rest.
 
-`choose` is the policy, a pure function: the output of the oldest ends is removed first, until age,
-number and size are within their bounds. It chooses among `EndedOutput`: an entry for each ended job
-whose output is on the disk. The entries are read from the directories when the service starts and
-are kept up to date from then on, in the order of the ends. There may be 100,000 of them. So, except
-at the start, no single call of a C function goes through all of them, since it would keep the
+The policy (`retention_policy`) chooses among entries: one `EndedOutput` for each ended job whose
+output is on the disk. The entries are read from the directories when the service starts and are
+kept up to date from then on, in the order of the ends. There may be 100,000 of them. So, except at
+the start, no single call of a C function goes through all of them, since it would keep the
 interpreter's lock for too long.
 
 The files say whether their output may be removed. If they are not sealed, the job has not ended.
@@ -33,23 +32,13 @@ from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, O
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.output.directory import clear_mark, disk_errors, marked_job, was_removed
 from jobworker.jobs.output.ended import describe_output, remove_output, seal_output
+from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy, choose
 from jobworker.model.job import JobId
 
 log = logging.getLogger("jobworker.jobs")
 
 _MAX_DIGITS = 16
 """The most digits of a job's id."""
-
-
-@frozen
-class EndedOutput:
-    """The output of an ended job on the disk."""
-
-    job: JobId
-    ended_ns: int
-    """When the job ended, in nanoseconds since the epoch."""
-    size: int
-    """The bytes of its three files."""
 
 
 @frozen
@@ -60,44 +49,6 @@ class DirectoryChanges:
     """The jobs with the mark of a removal. The history may not have recorded it."""
     gone: list[EndedOutput]
     """The output that is not there any more, for whatever reason."""
-
-
-@frozen(kw_only=True)
-class RetentionPolicy:
-    """The bounds on the output that is kept. None is no bound."""
-
-    max_age_seconds: float | None = None
-    max_jobs: int | None = None
-    """The most ended jobs with output."""
-    max_bytes: int | None = None
-    """The most bytes of all output, including that of live jobs."""
-
-
-def choose(
-    oldest_first: Iterable[EndedOutput],
-    policy: RetentionPolicy,
-    *,
-    number: int,
-    size: int,
-    now_ns: int,
-    goes: Callable[[EndedOutput], bool],
-) -> None:
-    """Call `goes` for the output that `policy` does not keep, the oldest end first.
-
-    `number`, `size`: how much output there is: its jobs and its bytes. `goes` removes an output if
-    it can, and returns whether it counts no longer. Output that cannot be removed still takes
-    space, so by size the next one has to go in its place. By number it counts as removed.
-    """
-    for each in oldest_first:
-        age_ns = now_ns - each.ended_ns
-        too_old = policy.max_age_seconds is not None and age_ns > policy.max_age_seconds * 1e9
-        too_many = policy.max_jobs is not None and number > policy.max_jobs
-        too_large = policy.max_bytes is not None and size > policy.max_bytes
-        if not (too_old or too_many or too_large):
-            break
-        number -= 1
-        if goes(each):
-            size -= each.size
 
 
 @define(eq=False)

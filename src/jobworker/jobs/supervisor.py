@@ -38,7 +38,7 @@ from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.quota import QuotaUse, check_quota
 from jobworker.jobs.removals import Removals
-from jobworker.jobs.retention import EndedOutput, RetentionPolicy
+from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job

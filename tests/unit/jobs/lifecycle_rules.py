@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from jobworker.errors import JobworkerError, LauncherSilent, NotFound
-from jobworker.jobs.retention import RetentionPolicy
+from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.model.access import Quota
 from jobworker.model.job import JobId, JobSpec, Limits, OutputPolicy
 from jobworker.sandbox.cgroup.accounting import Want

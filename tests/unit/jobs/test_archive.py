@@ -20,7 +20,8 @@ from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.index import Place, ReadFilter
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import KeptOutput, RetentionPolicy
+from jobworker.jobs.retention import KeptOutput
+from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.model.job import JobId, JobRecord, Stream
 
 from ..strategies import record

@@ -28,7 +28,8 @@ from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import KeptOutput, RetentionPolicy
+from jobworker.jobs.retention import KeptOutput
+from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State

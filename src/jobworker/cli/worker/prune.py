@@ -10,7 +10,8 @@ from pathlib import Path
 from jobworker.config.settings import Settings, load
 from jobworker.errors import ConfigError, OutputError
 from jobworker.jobs.age_clock import FILE, AgeClock
-from jobworker.jobs.retention import KeptOutput, RetentionPolicy
+from jobworker.jobs.retention import KeptOutput
+from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.model.units import format_size
 from jobworker.server.service import retention_policy
 from jobworker.server.startup.preparation import spool_directory

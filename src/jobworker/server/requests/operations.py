@@ -25,7 +25,7 @@ from jobworker.incidents import Incidents
 from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.index import LineStart
 from jobworker.jobs.output.search import Start
-from jobworker.jobs.retention import RetentionPolicy
+from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
