@@ -17,9 +17,8 @@ execution has it.
 
 import logging
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,11 @@ from typing import TypeVar
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import JobworkerError, NotFound, TooManyFollows
+from jobworker.errors import JobworkerError, NotFound
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
+from jobworker.jobs.open_outputs import OpenOutputs
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.directory import disk_errors, was_removed
 from jobworker.jobs.output.mover import OutputRoom
@@ -68,11 +68,7 @@ class Archive:
     _clock: Callable[[], datetime]
     _max_open: int = 1024
     """The most outputs of ended jobs that are open at a time; each has three descriptors."""
-    _open: dict[JobId, Spool] = field(factory=dict, init=False)
-    """The spools that are being read, one for all followers of a job."""
-    _owners: dict[object, str] = field(factory=dict, init=False)
-    """The owner of each spool that counts towards `_max_open`: of `_open`, of those that are being
-    opened, and of those that followers have read since before the job's end."""
+    _outputs: OpenOutputs = field(init=False)
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
@@ -90,6 +86,7 @@ class Archive:
     _pace: OutputPace = field(factory=OutputPace, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._outputs = OpenOutputs(self._max_open)
         self._ages = AgeClock(self._spools.with_name(FILE))
         self._kept = KeptOutput(
             self._spools,
@@ -150,7 +147,7 @@ class Archive:
         job = execution.record.id
         self._unsettled[job] = execution
         self._live.discard(job)
-        self._count_followed(execution.spool, execution.record.owner)
+        self._outputs.count_followed(execution.spool, execution.record.owner)
         try:
             with trio.CancelScope(shield=True):  # waits only for the disk
                 owner, counted = execution.record.owner, execution.spool.counted_bytes
@@ -203,76 +200,12 @@ class Archive:
             raise no_such_job(job)
         return record
 
-    @asynccontextmanager
-    async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
+    def reading(self, record: JobRecord) -> AbstractAsyncContextManager[Spool]:
         """Open an ended job's output, for the block and as long as a follower reads it.
 
-        If `_max_open` outputs are open, the owner with the most loses one, provided that it has at
-        least two more than this job's owner. Raises TooManyFollows if no output can be closed, and
-        NotFound if the output was removed or is missing.
+        Raises TooManyFollows (`OpenOutputs`), and NotFound if the output was removed or is missing.
         """
-        spool = self._open.get(record.id)
-        if spool is None or record.output_removed_at is not None:
-            self._check_room(record)
-            place = object()
-            self._owners[place] = record.owner
-            try:
-                spool = self._share(record, await self._open_spool(record))
-            finally:
-                del self._owners[place]
-        with spool.in_use():
-            yield spool
-
-    def _share(self, record: JobRecord, spool: Spool) -> Spool:
-        """Share a spool that was just opened. Returns another task's, if that was faster."""
-        if (other := self._open.get(record.id)) is not None:
-            spool.close()
-            return other
-        self._open[record.id] = spool
-        self._owners[spool] = record.owner
-
-        def let_go() -> None:
-            del self._open[record.id]
-            del self._owners[spool]
-
-        spool.lend(let_go)
-        return spool
-
-    def _count_followed(self, spool: Spool, owner: str) -> None:
-        """Count the open files of a job that has just ended, as long as followers read them."""
-        if spool.has_files:
-            self._owners[spool] = owner
-            spool.lend(partial(self._owners.__delitem__, spool))
-            while len(self._owners) > self._max_open and self._shut_one(least=0):
-                pass
-
-    def _check_room(self, record: JobRecord) -> None:
-        """Make room for one more open output. Raises TooManyFollows."""
-        if len(self._owners) >= self._max_open:
-            own = sum(owner == record.owner for owner in self._owners.values())
-            self._shut_one(least=own + 2)
-        if len(self._owners) >= self._max_open:
-            raise TooManyFollows(
-                f"cannot read the output of job {record.id}: the output of {self._max_open} "
-                "ended jobs is being read, as many as this service has descriptors for",
-                remedy="try again later, or raise the service's LimitNOFILE",
-            )
-
-    def _shut_one(self, *, least: int) -> bool:
-        """Close one output of the owner with the most open ones, if these are at least `least`.
-
-        Of these it closes the one that was read least recently (`Spool.shut_out`). Returns whether
-        it closed one.
-        """
-        numbers = Counter(self._owners.values())
-        shown = [each for each in self._owners if isinstance(each, Spool) and not each.shut]
-        if not shown or max(numbers.values()) < least:
-            return False
-        victim = min(shown, key=lambda each: (-numbers[self._owners[each]], each.read_at))
-        if numbers[self._owners[victim]] < least:
-            return False
-        victim.shut_out()
-        return True
+        return self._outputs.reading(record, partial(self._open_spool, record))
 
     async def _open_spool(self, record: JobRecord) -> Spool:
         directory = self._spools / str(record.id)

@@ -331,7 +331,7 @@ async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_ma
         with ExitStack() as followers:
             for _ in range(2):
                 await here.end_job(followed_by=followers)
-            first = next(iter(here.archive._owners))
+            first = next(iter(here.archive._outputs._owners))
             assert isinstance(first, Spool)
             await first.read(Place(), ReadFilter())
             await here.end_job(followed_by=followers)
@@ -341,7 +341,7 @@ async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_ma
             with pytest.raises(TooManyFollows, match="output of 2 ended jobs is being read"):
                 async with here.archive.reading(await here.stored(JobId(1))):
                     pass
-        assert (open_outputs(here), here.archive._owners) == ([], {})
+        assert (open_outputs(here), here.archive._outputs._owners) == ([], {})
         async with here.archive.reading(await here.stored(JobId(1))):
             assert open_outputs(here) == [1]
 
@@ -359,9 +359,13 @@ async def test_owner_who_reads_little_gets_a_place_of_one_who_reads_much(tmp_pat
             with pytest.raises(TooManyFollows):  # she would have less than he then
                 async with here.archive.reading(await here.stored(mine[2])):
                     pass
-            for each, owner in here.archive._owners.items():
+            for each, owner in here.archive._outputs._owners.items():
                 if owner == "alice" and isinstance(each, Spool):
                     await each.read(Place(), ReadFilter())
             await here.end_job(followed_by=followers)
             assert open_outputs(here) == [1, 2, 7, 8, 9], "hers goes, though his is read less"
-        assert (open_outputs(here), here.archive._owners, here.archive._open) == ([], {}, {})
+        assert (open_outputs(here), here.archive._outputs._owners, here.archive._outputs._open) == (
+            [],
+            {},
+            {},
+        )
