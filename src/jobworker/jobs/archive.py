@@ -311,11 +311,11 @@ class Archive:
         return now
 
     async def remove(self, job: JobId, *, force: bool) -> int:
-        """Remove an ended job, output and record: the bytes that its output had.
+        """Remove an ended job, its output and its record. Returns how many bytes the output had.
 
-        Where its output is missing the history keeps that, so that the job stays removed when the
-        output is back (`takeover`). Raises Busy where its output is being followed (with `force`
-        followers go on to its end).
+        If the output is missing, the history records that, so that the job stays removed when the
+        output is back (`takeover`). Raises Busy if the output is being followed; with `force` it is
+        removed, and followers go on to its end. Raises InternalError, OutputError.
         """
         async with self._removing:
             with trio.CancelScope(shield=True):  # its output and its record go together
@@ -325,7 +325,7 @@ class Archive:
                     if missing:
                         await self._history.mark_output_missing(job)
                     is_forgotten = await self._remove_record(job)
-                except JobworkerError:  # the disk is full still: the job stays, without output
+                except JobworkerError:  # the disk is still full: the job stays, without output
                     if not missing:
                         await self._note_removals([job])
                     raise
@@ -336,17 +336,17 @@ class Archive:
         return freed
 
     async def take_back(self, job: JobId) -> None:
-        """Remove the output of a job that was refused; what its note says stays until `clear`."""
+        """Remove the output of a refused job. Its note stays until `clear`. Raises OutputError."""
         async with self._removing:
             with trio.CancelScope(shield=True):
-                self._live.add(job)  # also where the disk refuses amid that: nobody clears the mark
+                self._live.add(job)  # first: if the disk refuses, the mark must stay
                 await self._in_thread(partial(self._kept.remove, job, force=True))
 
     async def clear(self, job: JobId) -> None:
-        """Remove the note of a job that neither the history has any more nor the launcher.
+        """Remove the note of a job that neither the history nor the launcher has any more.
 
-        Were the service killed before the launcher has forgotten it, the next would find a job
-        there of which nothing else tells whose it was, or that it was refused.
+        While the launcher has the job, the note must stay: if the service were killed, only the
+        note would tell the next one whose job it was, or that it was refused.
         """
         async with self._removing:
             with trio.CancelScope(shield=True):
@@ -357,11 +357,11 @@ class Archive:
         self._live.discard(job)
 
     async def _remove_record(self, job: JobId) -> bool:
-        """Have the history forget a job: whether the launcher has, too."""
+        """Remove a job from the history. Returns whether the launcher has forgotten it too."""
         execution = self._unsettled.get(job)
         if execution is None:
             await self._history.remove(job)
-            return job not in self._live  # else another removal waits for the launcher still
+            return job not in self._live  # if it is there, another removal waits for the launcher
         is_forgotten = await execution.remove_record()
         self.forget(execution)
         return is_forgotten

@@ -295,9 +295,9 @@ class Execution:
             await self._finish(ending)
 
     async def _leave_behind(self) -> None:
-        """See that the next service finds what was told of a job that is left, if a disk takes it.
+        """Write what clients know of a job that is left, for the next service, if the disk allows.
 
-        One that was refused is not left: its client was told that it is none.
+        A refused job is not left but removed: its client knows of no job.
         """
         if self.refused:
             await self._settle()
@@ -426,9 +426,9 @@ class Execution:
             self._ending.stop_for_output()
 
     async def _keep_cut(self) -> None:
-        """Have the note tell that the log is cut, which the history may be long in taking.
+        """Write to the job's note that the log is cut: the history may take long to record it.
 
-        Were this service killed before that, the next would add to the log after a gap.
+        If this service were killed before that, the next one would add to the log after a gap.
         """
         await self._history.keep_note(self.record_now())
 
@@ -585,7 +585,7 @@ class Execution:
                 await self._settle()
 
     async def _settle(self) -> None:
-        """Have the launcher forget the job, unless it has, or refuses at the moment."""
+        """Have the launcher forget the job, if it still has it. The launcher may refuse for now."""
         if not self._settled.is_set() and await self._remove():
             self._settled.set()
 
@@ -603,9 +603,9 @@ class Execution:
         await self._put(self.record)
 
     async def remove_record(self) -> bool:
-        """Have the history not know an ended job any more: whether the launcher knows none, either.
+        """Remove an ended job from the history. Returns whether the launcher has forgotten it too.
 
-        Else that is up to `settle`: what the job has left may wait for a disk that hangs, and other
+        If not, `settle` sees to that: the launcher may wait for a disk that hangs, and other
         removals must not wait for this one. Raises InternalError.
         """
         async with self._settling:

@@ -52,7 +52,7 @@ class OutputMover:
     _room: OutputRoom
     _tell_cut: Callable[[OutputCut, str], None]
     _keep_cut: Callable[[], Awaitable[None]]
-    """Have a disk know of the cut that was told: before anything is discarded for it."""
+    """Stores the cut on the disk. Called before the first output is discarded for it."""
     _cut_before: OutputCut | None = field(alias="cut")
     """The cut that an earlier service has recorded; None without one. After a cut by the budget or
     the disk the log must not go on: it would have a gap."""
