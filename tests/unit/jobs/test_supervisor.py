@@ -328,8 +328,11 @@ async def test_fault_of_ours_in_the_end_of_a_job_does_not_keep_the_service_from_
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr("jobworker.jobs.supervisor.REMOVE_SECONDS", 0)
-    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
         execution = await supervisor.submit(spec("first"), "alice")
+        with trio.fail_after(20):
+            while history.records[JobId(1)].state is not State.RUNNING:  # noqa: ASYNC110
+                await trio.sleep(0.001)
         monkeypatch.setattr(FakeHistory, "put", fail)
         link.finish(JobId(1))
         with trio.fail_after(20):
