@@ -53,7 +53,7 @@ UPGRADE = (
     b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n"
 )
 CHATTER = JobSpec(command=("sh", "-c", "while :; do echo alive; sleep 0.05; done"))
-PROMPTLY = 5
+PROMPTLY = 9
 """Seconds, on a busy machine; what hangs would take ten or more."""
 
 
