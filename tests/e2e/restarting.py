@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -23,10 +24,18 @@ CRASHING = str(Path(__file__).with_name("crash_points.py"))
 
 
 def free_port() -> int:
-    """A port that nobody listens at just now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nothing listens on, below those that the kernel gives to connections.
+
+    One of these might have it between the end of a service and the start of the next one:
+    ip_local_port_range of ip(7).
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = random.SystemRandom()
+    while True:
+        port = ports.randrange(first // 2, first)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @define(eq=False)

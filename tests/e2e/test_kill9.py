@@ -17,7 +17,14 @@ from jobworker.errors import ConnectionFailed, JobworkerError, NotFound
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
 
-from ..integration.conftest import _needs_root, child_of, left_behind, open_directory
+from ..integration.conftest import (
+    _needs_root,
+    child_of,
+    children_of,
+    left_behind,
+    open_directory,
+    settled,
+)
 from .crash_points import POINTS
 from .restarting import Site, open_site
 
@@ -180,18 +187,8 @@ OUTCOMES = {
 def standing(site: Site) -> tuple[int, int, int]:
     """What the launcher has open and below it, and what stands on the jobs' disk."""
     pid = child_of(site.launcher)
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     scratch = len(os.listdir(site.directory / "state" / "scratch"))
-    return len(os.listdir(f"/proc/{pid}/fd")), len(children), scratch
-
-
-async def settled(site: Site) -> tuple[int, int, int]:
-    """The same, once it no longer changes: an ended job is collected a second later."""
-    seen = [standing(site)]
-    while len(seen) < 200 and (len(seen) < 26 or len(set(seen[-26:])) > 1):
-        await trio.sleep(0.05)
-        seen.append(standing(site))
-    return seen[-1]
+    return len(os.listdir(f"/proc/{pid}/fd")), len(children_of(pid)), scratch
 
 
 async def crash(site: Site, client: Client, point: str) -> JobId | None:
@@ -248,7 +245,7 @@ async def test_killed_at_every_transition_of_a_job_nothing_is_lost_or_left(
                 last = await start(client, "true")
                 await client.job(last).wait()
                 assert last == victim + 1, "no id is given twice, known or not"
-                before = before or await settled(site)
+                before = before or settled(lambda: standing(site))
                 with trio.move_on_after(60):
                     while standing(site) != before:  # noqa: ASYNC110
                         await trio.sleep(0.02)

@@ -4,9 +4,11 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import apsw
 import pytest
@@ -41,8 +43,14 @@ def open_directory() -> Iterator[Callable[[], Path]]:
         return Path(made[-1])
 
     yield make
+    deadline = time.monotonic() + 20
+    while (left := [path for path in made if _has_disks(Path(path))]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)  # the kernel lets go of them on its own
     for path in made:
         shutil.rmtree(path)
+    assert left == [], "disks that nobody has detached"
 
 
 async def until(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -61,29 +69,100 @@ def locked_history(directory: Path) -> Iterator[apsw.Connection]:
         yield other
 
 
+T = TypeVar("T")
+QUIET_SECONDS = 2.5
+"""How long a launcher does the same before it is taken to be at rest. It collects an ended job
+after `zombies.COLLECT_SECONDS`, and its fork server makes and clears away after the answer."""
+
+
+def settled(look: Callable[[], T], quiet_seconds: float = QUIET_SECONDS) -> T:
+    """What `look` tells once it has told the same for so long: to compare with later."""
+    last, since = look(), time.monotonic()
+    deadline = since + 60
+    while time.monotonic() < min(deadline, since + quiet_seconds):
+        time.sleep(0.02)
+        now = look()
+        if now != last:
+            last, since = now, time.monotonic()
+    return last
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """The children of a process, by all of its threads, and their names."""
+    found = {}
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with suppress(OSError):  # it has just been collected
+                found[int(child)] = Path(f"/proc/{child}/comm").read_text().rstrip("\n")
+    return found
+
+
 def child_of(pid: int) -> int:
     """The one child of a process, the service's reader aside: the guard, below it the launcher."""
     (child,) = [
-        int(each)
-        for children in Path(f"/proc/{pid}/task").glob("*/children")
-        for each in children.read_text().split()
-        if Path(f"/proc/{each}/comm").read_text().strip() != configuration_reader.NAME
+        child for child, name in children_of(pid).items() if name != configuration_reader.NAME
     ]
     return child
 
 
 def fork_server_of(launcher: int) -> int:
-    """The process that makes a launcher's processes: its first child, while that lives."""
-    return named_child_of(launcher, NAME)
+    """The process that makes a launcher's processes.
+
+    What it makes has its name at first. But a child that becomes a job has a process namespace of
+    its own, and the process of a chore closes what it has of the fork server.
+    """
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        named = [pid for pid, name in children_of(launcher).items() if name == NAME]
+        makers = [pid for pid in named if _is_fork_server(pid, launcher)]
+        if len(makers) == 1:
+            return makers[0]
+        time.sleep(0.01)  # another one is on its way, or a chore has just been cloned
+    raise AssertionError("no fork server")
+
+
+def _is_fork_server(pid: int, launcher: int) -> bool:
+    with suppress(OSError):
+        if os.readlink(f"/proc/{pid}/ns/pid") == os.readlink(f"/proc/{launcher}/ns/pid"):
+            opened = Path(f"/proc/{pid}/fd").iterdir()
+            return any("memfd:trampoline" in os.readlink(each) for each in opened)
+    return False
+
+
+def spares_of(launcher: int) -> list[int]:
+    """The children that wait for a job, and that the launcher has heard of from its fork server."""
+    named = [pid for pid, name in children_of(launcher).items() if name.startswith("memfd:tramp")]
+    known = _pids_with_a_descriptor(launcher) if named else set[int]()
+    return [pid for pid in named if pid in known and _sleeps(pid)]
+
+
+def _pids_with_a_descriptor(pid: int) -> set[int]:
+    found = set[int]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # just closed
+            if "pidfd" in os.readlink(link):
+                info = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text()
+                found |= {int(line.split()[1]) for line in info.splitlines() if line[:4] == "Pid:"}
+    return found
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process waits: a spare has told before that it is ready."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ST"
+    return False
+
+
+def size_of_this_run(mebibytes: int) -> int:
+    """The size of a disk that no other run of these tests on this host gives to one."""
+    return (mebibytes << 20) + (1 + os.getpid() % 1000) * 4096
 
 
 def named_child_of(pid: int, name: str) -> int:
     """The first child of a process that has this name."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    for child in children:
-        with suppress(OSError):  # it has just been reaped
-            if Path(f"/proc/{child}/comm").read_text().strip() == name:
-                return int(child)
+    for child, its_name in children_of(pid).items():
+        if its_name == name:
+            return child
     raise LookupError(f"{pid} has no child {name}")
 
 
@@ -100,6 +179,11 @@ def disks_in(directory: Path) -> list[str]:
             if backing.read_text().startswith(f"{directory}/") or _label(name) in labels:
                 found.append(name)
     return found
+
+
+def _has_disks(directory: Path) -> bool:
+    """Whether a service or a launcher of this directory has left a disk."""
+    return bool(disks_in(directory) or disks_in(directory / "scratch"))
 
 
 def _label(device: str) -> str:

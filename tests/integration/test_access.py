@@ -68,10 +68,10 @@ async def test_values_of_variables_are_not_for_viewers(viewer: Wire, admin: Wire
 
 
 def handshake(service: EmbeddedService, context: ssl.SSLContext) -> None:
-    """Connect and read: raises what TLS says, within seconds."""
+    """Connect and read: raises what TLS says."""
     host, port = service.address.rsplit(":", 1)
     with (
-        socket.create_connection((host, int(port)), timeout=5) as plain,
+        socket.create_connection((host, int(port)), timeout=60) as plain,
         context.wrap_socket(plain, server_hostname=host) as secured,
     ):
         # In TLS 1.3 the refusal of a client's certificate arrives with the first read.
@@ -252,7 +252,7 @@ async def test_broken_frame_ends_its_own_connection(service: EmbeddedService, ad
         await stream.send_all(UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n")
         await stream.receive_some(1000)
         await stream.send_all(b"\xff" * 40)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while await stream.receive_some(1000):
                 pass
     finally:
@@ -297,7 +297,7 @@ async def test_bad_message_gets_its_error_and_the_connection_lives(
 ) -> None:
     async with open_socket(service) as sock:
         await sock.send_message(message)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             reply = json.loads(await sock.get_message())
         assert reply["error"]["code"] == code
         await sock.send_message('{"jsonrpc":"2.0","id":"after","method":"service.hello"}')
@@ -348,6 +348,6 @@ async def test_client_that_vanishes_costs_nothing(service: EmbeddedService) -> N
             await stream.receive_some(1000)
             await trio.aclose_forcefully(stream)
         await wire.call("job.stop", id=job)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(list(descriptors.iterdir())) > before:
                 await wire.call("service.hello")

@@ -11,7 +11,7 @@ import trio
 
 from jobworker.cli.worker.embedded_service import EmbeddedService
 
-from .conftest import locked_history
+from .conftest import locked_history, until
 from .test_takeover import processes, until_bigger
 from .wire import Json, Refused, Wire
 
@@ -53,11 +53,13 @@ async def log_of_now(admin: Wire, job: int) -> tuple[bytes, Json]:
 async def test_job_is_shown_alive_until_its_end_is_in_the_history(
     service: EmbeddedService, admin: Wire
 ) -> None:
-    job = await admin.start("sh", "-c", "echo hello; exec sleep 41739")
+    seconds = f"41739.{os.getpid()}"
+    job = await admin.start("sh", "-c", f"echo hello; exec sleep {seconds}")
     await until_bigger(admin, job, 0)
     index = service.directory / "state" / "service" / "spool" / str(job) / "index"
     before = index.stat().st_size
-    (process,) = processes("sleep\x0041739")
+    await until(lambda: processes(f"sleep\0{seconds}\0"))
+    (process,) = processes(f"sleep\0{seconds}\0")
     with locked_history(service.directory) as backup, trio.fail_after(9):
         os.kill(process, signal.SIGKILL)
         while index.stat().st_size == before:  # noqa: ASYNC110 - until it is sealed

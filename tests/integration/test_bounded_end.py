@@ -13,35 +13,23 @@ import pytest
 import trio
 
 from ..services import open_embedded
-from .conftest import child_of, left_behind, until
+from .conftest import child_of, children_of, left_behind, spares_of, until
 from .outside import open_launcher
 from .test_ends_over_restarts import end, has_written
-from .test_takeover import processes, serving, start
+from .test_takeover import first_of, serving, start
 from .wire import Json, Refused, Wire, open_wire
 
 END_SECONDS = 20
 """Well below the 60 s that systemd gives the service."""
 
 
-def children(pid: int) -> dict[int, str]:
-    """The children of a process, and their names."""
-    found = {}
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with suppress(OSError):
-            found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
-    return found
-
-
 async def stop_spares(launcher: int) -> list[int]:
     """Stop the processes that wait for a job, once there are two of them."""
-
-    def spares() -> list[int]:
-        return [pid for pid, name in children(launcher).items() if name.startswith("memfd:tramp")]
-
-    await until(lambda: len(spares()) == 2)
-    for pid in spares():
+    await until(lambda: len(spares_of(launcher)) == 2)
+    spares = spares_of(launcher)
+    for pid in spares:
         os.kill(pid, signal.SIGSTOP)
-    return spares()
+    return spares
 
 
 def go_on(processes: list[int]) -> None:
@@ -83,7 +71,7 @@ async def test_start_that_is_held_can_be_stopped_and_waits_for_the_next_service(
                 await until_starting(wire, 1)
                 nursery.start_soon(run)
                 await until_starting(wire, 2)
-                with trio.fail_after(10):
+                with trio.fail_after(25):  # the launcher itself would give it up after 30 s
                     stopped = await wire.call("job.stop", id=1)
                 assert (stopped["state"], stopped["started_at"]) == ("STOPPED", None)
                 assert await state_of(wire, 2) == "INITIALIZING"
@@ -118,13 +106,13 @@ async def test_remains_that_cannot_be_cleared_away_do_not_hold_the_end(
 ) -> None:
     """A process that goes on stands in the group of a job that ended: here one of the host's."""
     directory = open_directory()
-    mark = f"remains-{os.getpid()}"
+    mark = f"remains-{os.getpid()}-"
     with open_launcher(directory), a_process() as stranger:
         async with serving(directory) as service, open_wire(service) as wire:
             script = "trap 'exit 3' USR1; echo; while :; do sleep 0.05; done"
             job = await start(wire, f"{script}; : {mark}")
             await until(lambda: has_written(directory, job, "\n"))
-            pid = min(processes(mark))  # beside what it forks
+            pid = first_of(mark)
             move_beside(pid, stranger)
             os.kill(pid, signal.SIGUSR1)
             assert (await wire.call("job.wait", id=job))["exit_code"] == 3
@@ -200,7 +188,7 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
     with open_launcher(directory) as guard:
         launcher = child_of(guard.pid)
         async with serving(directory) as service, open_wire(service) as wire:
-            await until(lambda: len(children(launcher)) == 4)  # two of them spares
+            await until(lambda: len(children_of(launcher)) == 4)  # two of them spares
 
             async def make(name: str, done: trio.Event) -> None:
                 with suppress(trio.EndOfChannel):
@@ -211,13 +199,13 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
                 done.set()
 
             async with trio.open_nursery() as nursery:
-                spares, maker = set(children(launcher)), 0
+                spares, maker = set(children_of(launcher)), 0
                 with trio.fail_after(60):
                     for number in itertools.count():  # until one is caught before it is through
                         done = trio.Event()
                         nursery.start_soon(make, f"v{number}", done)
                         while not (maker or done.is_set()):
-                            maker = stopped(children(launcher).keys() - spares)
+                            maker = stopped(children_of(launcher).keys() - spares)
                             await trio.lowlevel.checkpoint()
                         if maker:
                             break
@@ -229,7 +217,7 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
             assert service.process.returncode == 0
             assert len(refusals) == 1
             assert "the service is shutting down" in refusals[0]
-        await until(lambda: maker not in children(launcher))
+        await until(lambda: maker not in children_of(launcher))
     assert left_behind(directory) == []
 
 
@@ -259,13 +247,12 @@ async def test_start_under_way_at_a_kill_of_the_service_waits_for_the_next_one(
     with open_launcher(directory) as guard:
         launcher = child_of(guard.pid)
         async with serving(directory) as service, open_wire(service) as wire:
-            spares = await stop_spares(launcher)
-            before = len(children(launcher))
+            stopped = await stop_spares(launcher)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run_in_vain, wire, "echo", "x")
-                await until(lambda: len(children(launcher)) > before)  # instead of one it took
+                await until(lambda: len(spares_of(launcher)) == 3)  # instead of one it took
                 await end(service, signal.SIGKILL)
-        go_on(spares)
+        go_on(stopped)
         async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=1)
             assert (ended["state"], ended["stdout_bytes"]) == ("COMPLETED", 2)
@@ -290,7 +277,7 @@ async def test_start_that_a_stopped_launcher_has_not_seen_waits_for_the_next_ser
             finally:
                 os.kill(launcher, signal.SIGCONT)
             assert "job 1: left to the next service" in service.log_text()
-        await until(lambda: spares[0] not in children(launcher))
+        await until(lambda: spares[0] not in children_of(launcher))
         go_on(spares)
         async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=1)

@@ -24,7 +24,7 @@ from jobworker.server.host.descriptor_budget import (
 )
 
 from ..services import open_embedded, write_configuration
-from .conftest import until
+from .conftest import settled, until
 from .wire import Refused, Wire, open_wire
 
 NAMED = {"no_descriptors", "too_many_follows"}
@@ -39,7 +39,8 @@ def open_descriptors(pid: int) -> int:
 def no_more_descriptors(service: EmbeddedService, spare: int = 0) -> Iterator[None]:
     """Let the service open `spare` more descriptors and none beyond, while the block lasts."""
     pid = service.process.pid
-    taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+    # What an ended job or connection had is closed after the answer, and would be room.
+    taken = settled(lambda: frozenset(map(int, os.listdir(f"/proc/{pid}/fd"))), 0.5)
     # The limit is on the number of a new descriptor: what lies between counts as spare.
     free = [number for number in range(max(taken) + 2 + spare) if number not in taken]
     limit_descriptors(pid, free[spare])

@@ -155,7 +155,7 @@ async def upgraded(
 
 async def failure(address: Address, tls: ssl.SSLContext) -> JobworkerError:
     """What dialling raises, without any wait for a time-out."""
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             try:
                 await nursery.start(serve_connection, address, tls)
@@ -350,7 +350,7 @@ async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:
         listening(over_tls(site.server(), serve)) as address,
         jobworker.open_client(address, patience_seconds=0, **site.files()) as client,
     ):
-        with pytest.raises(ConnectionFailed, match="broke"), trio.fail_after(5):
+        with pytest.raises(ConnectionFailed, match="broke"), trio.fail_after(60):
             await client.job(7).status()
 
 

@@ -21,7 +21,7 @@ from jobworker.sandbox.start import steps
 from jobworker.sandbox.start.apply import _APPLY
 from jobworker.sandbox.start.steps import name_of
 
-from .conftest import child_of, until
+from .conftest import child_of, children_of, settled, until
 from .test_launcher import Service, make_policy
 
 __all__ = ["make_policy"]
@@ -78,7 +78,7 @@ class State:
         pid = child_of(service.process.pid)
         self.descriptors = sorted(os.listdir(f"/proc/{pid}/fd"))
         self.mounts = Path(f"/proc/{pid}/mountinfo").read_text()
-        self.children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        self.children = children_of(pid)
         self.groups = [
             below for group in groups_called(service.policy.instance) for below in _below(group)
         ]
@@ -95,8 +95,7 @@ def _below(group: str) -> list[str]:
 
 
 async def test_every_step_fails_by_name_and_leaves_nothing(service: Service) -> None:
-    service.ask("usage", 1)  # it is up
-    before = State(service)
+    before = settled(lambda: State(service))
     unmet: set[tuple[type, str]] = set()
     for job, (kind, moment) in enumerate(
         ((kind, moment) for kind in KINDS for moment in ("before", "after")), start=1

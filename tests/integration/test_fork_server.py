@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ from jobworker.sandbox.launcher import host_names
 from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
-from .conftest import child_of, fork_server_of, named_child_of
+from .conftest import child_of, fork_server_of, named_child_of, spares_of
 from .test_launcher import Service, make_policy, service
 
 __all__ = ["make_policy", "service"]
@@ -46,15 +45,8 @@ def send(service: Service, number: int, operation: str, **fields: object) -> Non
 def wait_for_a_spare(service: Service) -> None:
     """Until one stands ready."""
     launcher = child_of(service.process.pid)
-    children = Path(f"/proc/{launcher}/task/{launcher}/children")
     deadline = time.monotonic() + 20
-    while True:
-        names = []
-        for pid in children.read_text().split():
-            with contextlib.suppress(OSError):
-                names.append(Path(f"/proc/{pid}/cmdline").read_text().strip("\0"))
-        if "trampoline" in names:
-            return
+    while not spares_of(launcher):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

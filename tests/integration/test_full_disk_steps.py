@@ -17,13 +17,13 @@ from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded
-from .conftest import disks_in, disks_of_size, left_behind, until
+from .conftest import disks_in, disks_of_size, left_behind, size_of_this_run, until
 from .outside import open_launcher, settings_with
 from .test_full_disk import kill, told, until_stored
 from .test_lost_writes import WRITE, ended, filled, hold, small_state
 from .wire import Json, Refused, Wire, open_wire
 
-DISK_BYTES = (40 << 20) + 19 * 4096
+DISK_BYTES = size_of_this_run(40)
 """Of a size that nobody else's disks have."""
 LIMITS = {"disk_bytes": DISK_BYTES, "output_bytes": 0}
 Settings = Mapping[str, Mapping[str, object]]
@@ -168,7 +168,7 @@ TOGETHER: Settings = {
     "worker": {"keep_free": 16, "max_concurrent_jobs": 2, "on_disk_full": "discard-output"},
     "sandbox": {"disk_limit": 128, "spares": 1},
 }
-HALF_BYTES = (128 << 20) + 19 * 4096
+HALF_BYTES = size_of_this_run(128)
 SCRIPT = """
 pause() { until test -e /dev/shm/$1; do sleep 0.05; done; }
 echo begins; pause write

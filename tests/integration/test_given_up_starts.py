@@ -1,6 +1,7 @@
 """A start that is given up in the moment in which its program begins: what is told is true."""
 
 import errno
+import os
 import socket
 import subprocess
 import time
@@ -23,16 +24,22 @@ from jobworker.sandbox.service.launch import (
     start_launcher,
 )
 
-from .conftest import child_of
+from .conftest import child_of, children_of, spares_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture
 
 BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
-import os, time
+import os, select, time
 from jobworker.sandbox.launcher import child_maker, host_names, jobs as launcher_jobs
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.launcher.child import Child
 ending = []
+def has_ended(init):  # whether the program has: its init is stopped, and collects nothing
+    try:
+        below = open(f"/proc/{init}/task/{init}/children").read().split()
+        return any(" Z " in open(f"/proc/{pid}/stat").read() for pid in below)
+    except OSError:
+        return True
 def send(child, errand):
     child._errand = errand
     os.pwrite(child.order, errand.image, 0)
@@ -41,7 +48,16 @@ def begin(child):
         child.sock.send(trampoline.GO)
         os.close(child.order)
         child.order = -1
-        time.sleep(0.5)
+        if "MOMENT" == "before":
+            end = select.poll()
+            end.register(child.sock, 0)  # for its end alone, which tells that the program runs
+            end.poll(20_000)
+        elif child.report >= 0:
+            deadline = time.monotonic() + 20
+            while not has_ended(child.pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        else:
+            time.sleep(0.5)  # it is stopped: nothing ever tells that it does nothing
     while "MOMENT" == "greedy" and not child.want():
         time.sleep(0.01)
 def hear(child, hear=Child.hear):
@@ -172,9 +188,14 @@ def listener() -> Iterator[socket.socket]:
         yield sock
 
 
-def runs_told(listener: socket.socket) -> int:
-    """How many programs have told that they run."""
-    count = 0
+def runs_told(listener: socket.socket, least: int = 0) -> int:
+    """How many programs have told that they run; waits until at least so many have."""
+    count, deadline = 0, time.monotonic() + 20
+    while count < least and time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            listener.accept()[0].close()
+            count += 1
+        time.sleep(0.01)
     while True:
         try:
             listener.accept()[0].close()
@@ -183,21 +204,18 @@ def runs_told(listener: socket.socket) -> int:
         count += 1
 
 
-def trampolines(launcher: int, *, below_init: bool) -> list[int]:
-    """Processes that wait for an order: children of the launcher, or of a job's init."""
+def waits_below_it(init: int) -> bool:
+    """Whether a child of this process waits for an order."""
+    return any(name.startswith("memfd:tramp") for name in children_of(init).values())
 
-    def children(pid: int) -> list[int]:
-        with suppress(OSError):
-            return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-        return []
 
-    def is_one(pid: int) -> bool:
-        with suppress(OSError):
-            return Path(f"/proc/{pid}/cmdline").read_bytes() == b"trampoline\0"
-        return False
-
-    parents = children(launcher) if below_init else [launcher]
-    return [pid for parent in parents for pid in children(parent) if is_one(pid)]
+def has_its_order(launcher: int) -> bool:
+    """Whether the launcher has written a child's order, and so has heard of the child."""
+    for link in Path(f"/proc/{launcher}/fd").iterdir():
+        with suppress(OSError):  # just closed
+            if "memfd:order" in os.readlink(link) and link.stat().st_size:
+                return True
+    return False
 
 
 def spawn(
@@ -216,14 +234,19 @@ def spawn(
     launcher, port = child_of(service.process.pid), listener.getsockname()[1]
     fields = service.fields("bash", "-c", f"echo > /dev/tcp/127.0.0.1/{port}; {then}")
     spawn = {"id": 101, "op": "spawn", "job": 1, **fields, "init": init, **changes}
-    if init:
-        channel.send(service.sock, spawn)
     deadline = time.monotonic() + 20
-    while prepared and not trampolines(launcher, below_init=init):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+
+    def wait_for(condition: Callable[[], object]) -> None:
+        while prepared and not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     if not init:
-        channel.send(service.sock, spawn)
+        wait_for(lambda: spares_of(launcher))
+    channel.send(service.sock, spawn)
+    if init:
+        wait_for(lambda: any(map(waits_below_it, children_of(launcher))))
+    wait_for(lambda: has_its_order(launcher))
 
 
 def give_up(service: Service, listener: socket.socket, **changes: object) -> list[Message]:
@@ -256,7 +279,7 @@ def test_program_that_has_begun_is_not_given_up_and_goes_on(
     assert given_up["ok"] == {"given_up": False}
     assert "ok" in started
     assert service.exit_of(1)["code"] == 5
-    assert runs_told(listener) == 1
+    assert runs_told(listener, 1) == 1
     assert "ok" in service.ask("remove", 1)[0]
 
 
@@ -270,7 +293,7 @@ def test_program_below_an_init_that_may_have_begun_is_told_so(
     assert isinstance(error, dict)
     assert error["errno"] != errno.ECANCELED
     assert "may have begun" in error["detail"]
-    assert runs_told(listener) == 1
+    assert runs_told(listener, 1) == 1
 
 
 def test_program_whose_init_was_not_executed_either_is_told_as_not_executed(
@@ -290,7 +313,7 @@ def test_program_that_may_have_begun_is_told_so_also_where_it_took_too_much_memo
     greedy = {"then": "exec tail /dev/zero", "memory_bytes": 64 << 20}
     started, _ = give_up(serving("greedy"), listener, init=True, **greedy)
     assert "may have begun" in str(started["error"])
-    assert runs_told(listener) == 1
+    assert runs_told(listener, 1) == 1
 
 
 def test_start_that_may_have_begun_is_not_made_again_by_the_next_service(
@@ -302,7 +325,7 @@ def test_start_that_may_have_begun_is_not_made_again_by_the_next_service(
     assert "may have begun" in str(started["error"])
     service, opened = launcher.connect()
     assert opened.unstarted == frozenset()
-    assert runs_told(listener) == 1
+    assert runs_told(listener, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -321,7 +344,7 @@ def test_program_runs_or_is_told_to_the_next_service_as_not_executed(
     service, _ = launcher.connect()
     spawn(service, listener, init=init)
     service, opened = launcher.connect()
-    assert runs_told(listener) == runs
+    assert runs_told(listener, runs) == runs
     assert opened.unstarted == (frozenset() if runs else {1})
     assert [job.job for job in opened.jobs] == ([1] if moment == "before" else [])
     if moment == "before":

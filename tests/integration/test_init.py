@@ -110,8 +110,12 @@ attempt("maps", lambda: open("/proc/1/maps").read(1))
 
 
 async def test_init_is_small_and_holds_no_pipe(admin: Wire, service: EmbeddedService) -> None:
-    job = await admin.start("sleep", "602", init=True)
-    (sleeper,) = [p for p in Path("/proc").glob("[0-9]*") if _is(p, b"sleep\x00602\x00")]
+    seconds = f"602.{os.getpid()}"
+    command = f"sleep\0{seconds}\0".encode()
+    job = await admin.start("sleep", seconds, init=True)
+    # What is told as started is the init.
+    await until(lambda: any(_is(p, command) for p in Path("/proc").glob("[0-9]*")))
+    (sleeper,) = [p for p in Path("/proc").glob("[0-9]*") if _is(p, command)]
     parent = re.findall(r"^PPid:\s+(\d+)$", (sleeper / "status").read_text(), re.M)[0]
     init = Path("/proc") / parent
     assert _is(init, b"init\x00")

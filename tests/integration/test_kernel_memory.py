@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from jobworker.sandbox.kernel_memory import search as kernel_search
 from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
-from .conftest import child_of
+from .conftest import child_of, children_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.alone
@@ -281,7 +282,7 @@ def test_job_that_hoards_kernel_memory_ends_as_out_of_memory(
     service: Service, script: str, network: str
 ) -> None:
     service.sock.settimeout(60)  # a busy machine fills slowly
-    assert "ok" in service.spawn(1, "sleep", "60")[0]
+    assert "ok" in service.spawn(1, "sleep", "600")[0]
     reply, pipes = service.spawn(2, "python3", "-c", script, network=network)
     assert "ok" in reply
     end = service.exit_of(2)
@@ -397,10 +398,11 @@ def _refuse(_pid: int, _flags: int = 0) -> int:
 def _outside(service: Service, pid: int) -> int:
     """The pid that a job's first process has here, not in the launcher's namespace."""
     launcher = child_of(service.process.pid)
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        found = re.search(r"NSpid:\t(.*)", Path(f"/proc/{child}/status").read_text())
-        if found is not None and str(pid) in found[1].split()[-2:-1]:
-            return int(child)
+    for child in children_of(launcher):
+        with suppress(OSError):  # it has just been collected
+            found = re.search(r"NSpid:\t(.*)", Path(f"/proc/{child}/status").read_text())
+            if found is not None and str(pid) in found[1].split()[-2:-1]:
+                return child
     raise AssertionError("it has ended")
 
 

@@ -345,7 +345,7 @@ def test_descriptor_that_is_slow_to_close_delays_no_kill(service: Service) -> No
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 10))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
         client.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -354,7 +354,7 @@ def test_descriptor_that_is_slow_to_close_delays_no_kill(service: Service) -> No
         os.close(client.detach())
         began = time.monotonic()
         assert os.read(stdout, 1) == b"", "the job has ended"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         peer.close()
     channel.close_all([stdout, stderr])
     service.process.wait(timeout=20)

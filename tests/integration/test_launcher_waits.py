@@ -13,9 +13,10 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import LauncherPolicy
+from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 
-from .conftest import child_of, until
+from .conftest import child_of, children_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 
 MIB = 1 << 20
@@ -78,7 +79,7 @@ def test_volumes_disk_that_stands_still_keeps_no_job_waiting(
         assert (
             "ok" in service.ask("volume.create", 0, name=name, size_bytes=16 * MIB, thin=False)[0]
         )
-    assert "ok" in service.spawn(1, "sleep", "60")[0]
+    assert "ok" in service.spawn(1, "sleep", "600")[0]
     with volumes.frozen():
         send(service, 1000, "volume.remove", name="old")
         send(service, 1001, "volume.create", name="new", size_bytes=16 * MIB, thin=False)
@@ -105,11 +106,11 @@ def test_jobs_disk_that_stands_still_keeps_no_other_job_waiting(
     on_disks: tuple[Service, Disk, Disk],
 ) -> None:
     service, _, scratch = on_disks
-    busy = "head -c 1000000 /dev/zero > /workspace/x; sync; echo; sleep 60"
+    busy = "head -c 1000000 /dev/zero > /workspace/x; sync; echo; sleep 600"
     reply, pipes = service.spawn(1, "sh", "-c", busy)
     assert "ok" in reply
     assert os.read(pipes[0], 1) == b"\n"
-    assert "ok" in service.spawn(2, "sleep", "60")[0]
+    assert "ok" in service.spawn(2, "sleep", "600")[0]
     with scratch.frozen():
         send(service, 1000, "spawn", job=3, **{**service.fields("true"), "disk_bytes": 32 * MIB})
         for job in (1, 2):
@@ -155,18 +156,32 @@ def test_turns_are_timed_and_told(on_disks: tuple[Service, Disk, Disk]) -> None:
     assert again["turns"] < told["turns"], "counted since it was asked for last"
 
 
+@pytest.mark.parametrize("is_late", [True, False])
 async def test_end_is_told_before_the_process_is_collected(
-    on_disks: tuple[Service, Disk, Disk],
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_late: bool,
 ) -> None:
-    service, _, _ = on_disks
+    """Late is so late that it is not yet collected, however long the word of its end takes."""
+    late = "from jobworker.sandbox.launcher import zombies; zombies.COLLECT_SECONDS = 600.0; "
+    if is_late:
+        path, call = launch._BOOTSTRAP.rsplit("; ", 2)[0], launch._BOOTSTRAP.rsplit("; ", 2)[1:]
+        monkeypatch.setattr(launch, "_BOOTSTRAP", f"{path}; {late}{'; '.join(call)}")
+    policy = make_policy()
+    service = Service(start_launcher(policy), policy)
     launcher = child_of(service.process.pid)
     reply, pipes = service.spawn(1, "true")
     assert "ok" in reply
     assert service.exit_of(1)["code"] == 0
-    assert zombies_of(launcher) >= 1, "what /proc showed of it would be forgotten in the loop"
     channel.close_all(pipes)
+    if is_late:
+        assert zombies_of(launcher) >= 1, "what /proc showed of it would be forgotten in the loop"
     assert service.ask("remove", 1)[0]["ok"] == {}
-    await until(lambda: zombies_of(launcher) == 0)
+    if not is_late:
+        await until(lambda: zombies_of(launcher) == 0)
+    service.sock.close()
+    assert service.leaves() == 0
 
 
 TRACER = """
@@ -185,11 +200,10 @@ def test_ended_job_that_a_program_of_the_host_traces_keeps_no_other_job_waiting(
     reply, pipes = service.spawn(1, "sh", "-c", "echo; while :; do sleep 1; done")
     assert "ok" in reply
     os.read(pipes[0], 1)
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    (first,) = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
+    (first,) = [pid for pid, name in children_of(launcher).items() if name == "sh"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", TRACER, first], stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", TRACER, str(first)], stdin=pipe, stdout=pipe, text=True
     ) as tracer:
         assert tracer.stdout is not None
         if tracer.stdout.readline() != "0\n":
@@ -207,7 +221,7 @@ def test_ended_job_that_a_program_of_the_host_traces_keeps_no_other_job_waiting(
 def zombies_of(pid: int) -> int:
     """The children of a process that have ended and were not collected."""
     count = 0
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    for child in children_of(pid):
         with contextlib.suppress(OSError):
             count += "\nState:\tZ" in Path(f"/proc/{child}/status").read_text()
     return count

@@ -43,7 +43,7 @@ async def test_since_begins_with_what_was_written_then(admin: Wire) -> None:
         "job.run", job={"command": ["sh", "-c", "echo one; read x < /dev/zero; sleep 600"]}
     )
     job = result["job"]["id"]  # type: ignore[index]
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not (await log_of(admin, job, follow=False))[0]:
             pass
     between = datetime.now(UTC)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from .conftest import child_of, disks_of_size, fork_server_of, until
+from .conftest import child_of, disks_of_size, fork_server_of, size_of_this_run, until
 from .outside import open_launcher
 from .test_takeover import Settings, serving
 from .wire import Refused, open_wire
 
 PIDS = Path("/sys/fs/cgroup/pids")
-DISK_BYTES = (44 << 20) + 13 * 4096
+DISK_BYTES = size_of_this_run(44)
 SETTINGS: Settings = {"worker": {"max_concurrent_jobs": 2}, "sandbox": {"spares": 0}}
 
 
@@ -56,7 +56,7 @@ async def test_disk_of_a_dead_job_goes_once_there_are_processes_again(
                     await wire.call("volume.list")
                 await trio.sleep(1)
                 assert disks_of_size(DISK_BYTES), "nobody could let go of it"
-            await until(lambda: not disks_of_size(DISK_BYTES), seconds=5)
+            await until(lambda: not disks_of_size(DISK_BYTES))
 
 
 ONE: Settings = {"worker": {"max_concurrent_jobs": 1}, "sandbox": {"spares": 0}}

@@ -20,7 +20,7 @@ from jobworker.sandbox.service.job_reports import KeptJob
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher
 from jobworker.server.startup.preparation import instance_name
 
-from .conftest import child_of, left_behind
+from .conftest import child_of, children_of, left_behind, settled, until
 from .outside import Extra, open_launcher
 
 Message = dict[str, object]
@@ -105,7 +105,7 @@ def test_job_outlives_the_connection_and_is_told_to_the_next(site: Path) -> None
     assert first.jobs == ()
     pipes = spawn(first.sock, 5, "sh", "-c", "echo one; read x </dev/null; echo two; exec sleep 60")
     first.close()
-    second = connect(site)
+    second = reconnect_when_free(site)
     job = only(second)
     assert (job.job, job.exit) == (5, None)
     assert time.monotonic() - job.since < 20
@@ -125,7 +125,7 @@ def test_exit_status_waits_for_the_next_service(site: Path) -> None:
     first.close()
     channel.close_all([stdout, stderr])
     while True:
-        second = connect(site)
+        second = reconnect_when_free(site)
         job = only(second)
         if job.exit is not None:
             break
@@ -141,7 +141,7 @@ def test_more_jobs_than_fit_a_page_are_all_listed_with_their_own_pipes(site: Pat
     for number in range(1, 20):
         channel.close_all(spawn(first.sock, number, "sh", "-c", f"echo {number}; exec sleep 60"))
     first.close()
-    second = connect(site)
+    second = reconnect_when_free(site)
     assert [job.job for job in second.jobs] == list(range(1, 20))
     for job in second.jobs:
         os.set_blocking(job.stdout, True)
@@ -155,7 +155,7 @@ def test_second_service_is_refused_by_name_while_one_is_there(site: Path) -> Non
         connect(site)
     assert "no such job" in str(ask(first.sock, "usage", 9)[0]), "the first one is served on"
     first.close()
-    connect(site).close()
+    reconnect_when_free(site).close()
 
 
 _CALL = """
@@ -229,16 +229,16 @@ def test_descriptors_that_are_slow_to_close_delay_nobody(site: Path) -> None:
             peer.close()
 
 
-def test_connections_by_the_hundred_leave_nothing_open(site: Path) -> None:
+async def test_connections_by_the_hundred_leave_nothing_open(site: Path) -> None:
     launcher = child_of(guard_of(site))
     connect(site).close()
-    before = settled(launcher)
+    before = settled(lambda: standing(launcher))
     for number in range(300):
         opened = reconnect_when_free(site)
         if number % 3 == 0:
             opened.sock.send(b"x")
         opened.close()
-    assert settled(launcher) == before
+    await until(lambda: standing(launcher) == before)
 
 
 def guard_of(site: Path) -> int:
@@ -258,14 +258,9 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def settled(pid: int) -> tuple[int, int]:
-    """Descriptors and children of a process, once they no longer change."""
-    seen: list[tuple[int, int]] = []
-    while len(seen) < 400 and (len(seen) < 5 or len(set(seen[-5:])) > 1):
-        time.sleep(0.05)
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        seen.append((len(os.listdir(f"/proc/{pid}/fd")), len(children)))
-    return seen[-1]
+def standing(pid: int) -> tuple[int, int]:
+    """How many descriptors and children a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(children_of(pid))
 
 
 def test_sigterm_ends_the_launcher_and_all_of_its_jobs(open_directory: Callable[[], Path]) -> None:

@@ -1,7 +1,6 @@
 """What people do in a root of their own: install packages, build, serve; nothing stays behind."""
 
 import os
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from ..e2e.restarting import free_port
 from .wire import Wire
 
 MIB = 1 << 20
@@ -87,9 +87,7 @@ exec /tmp/build/main
 
 
 async def test_server_on_the_hosts_network_is_reached_from_the_host(admin: Wire) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = f"echo canary > index.html; exec python3 -u -m http.server -b 127.0.0.1 {port}"
     result = await admin.call("job.run", job={"command": ["sh", "-c", script]}, follow={})
     await admin.notes(result["subscription"]).receive()  # it says when it listens

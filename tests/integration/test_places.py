@@ -15,12 +15,13 @@ from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.sandbox.start.private_network import PROGRAM
 
 from ..services import open_embedded
-from .conftest import child_of, disks_of_size, left_behind, until
+from .conftest import child_of, disks_of_size, left_behind, size_of_this_run, until
 from .outside import open_launcher
 from .test_outside_launcher import ORDER, ask, connect, reconnect_when_free, spawn
+from .test_takeover import first_of
 from .wire import Refused, open_wire
 
-DISK_BYTES = (48 << 20) + 17 * 4096
+DISK_BYTES = size_of_this_run(48)
 """Of a size that nobody else's disks have."""
 PLACES = {"worker": {"max_concurrent_jobs": 2}, "sandbox": {"spares": 2, "disk_limit": 32}}
 
@@ -102,10 +103,13 @@ def test_disk_of_an_ended_job_goes_before_anybody_removes_the_job(
 
 
 def test_disk_goes_while_no_service_is_there(site: Path, link: OpenedLauncher) -> None:
-    pipes = spawn(link.sock, 1, "sh", "-c", "echo; sleep 0.5; exit 7", disk_bytes=DISK_BYTES)
+    mark = f"place-{os.getpid()}-"
+    script = f"trap 'exit 7' USR1; echo; while :; do sleep 0.05; done; : {mark}"
+    pipes = spawn(link.sock, 1, "sh", "-c", script, disk_bytes=DISK_BYTES)
     assert os.read(pipes[0], 1) == b"\n"
     assert disks_of_size(DISK_BYTES) == 1
     link.close()
+    os.kill(first_of(mark), signal.SIGUSR1)
     until_no_disk()
     again = reconnect_when_free(site)
     until_no_disk()

@@ -327,7 +327,7 @@ async def test_output_of_an_end_that_nobody_saw_is_set_aside_and_not_deleted(
     open_directory: Directory,
 ) -> None:
     directory = open_directory()
-    mark = f"unseen-{os.getpid()}"
+    mark = f"unseen-{os.getpid()}-"
     script = f"trap go=1 USR1; echo up; while [ -z $go ]; do sleep 0.05; done; exit 3; : {mark}"
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:

@@ -112,7 +112,7 @@ def test_service_whose_log_is_a_stopped_reader_serves_and_ends(site: Path) -> No
                 service.process.send_signal(signal.SIGHUP)
             assert run(service, "run", "-f", "echo", "hi") == "hi\n"
             began = time.monotonic()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         os.set_blocking(read, False)
         assert os.read(read, 4).startswith(b"x\n")
     finally:

@@ -91,16 +91,15 @@ async def test_more_than_a_pipe_holds_waits_for_the_next_service(
     open_directory: Callable[[], Path],
 ) -> None:
     directory = open_directory()
-    size, marker = 5_000_000, f"marker-{os.getpid()}"
+    size, marker = 5_000_000 + os.getpid(), f"marker-{os.getpid()}-"
     script = f"trap go=1 USR1; echo up; while [ -z $go ]; do sleep 0.05; done; : {marker}; "
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             job = await start(wire, f"{script} head -c {size} /dev/zero; exit 3")
             await until_bigger(wire, job, 0)
             await kill(service)
-        (pid,) = processes(marker)
-        os.kill(pid, signal.SIGUSR1)
-        await until(lambda: writers_that_wait() or not processes(marker))
+        os.kill(first_of(marker), signal.SIGUSR1)
+        await until(lambda: writers_that_wait(size) or not processes(marker))
         async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=job)
             assert (ended["stdout_bytes"], ended["exit_code"]) == (len("up\n") + size, 3)
@@ -117,10 +116,20 @@ def processes(words: str) -> list[int]:
     return found
 
 
-def writers_that_wait() -> list[int]:
-    """Those that write the test's zeros and wait for room in the pipe."""
+def first_of(words: str) -> int:
+    """The one of them that has forked the others: those have its words until they execute."""
+    parents = {}
+    for pid in processes(words):
+        with suppress(OSError):
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    (first,) = (pid for pid, parent in parents.items() if parent not in parents)
+    return first
+
+
+def writers_that_wait(size: int) -> list[int]:
+    """Those that write so many zeros and wait for room in the pipe."""
     found = []
-    for pid in processes("head\0-c\x005000000"):
+    for pid in processes(f"head\0-c\0{size}\0"):
         with suppress(OSError):
             if "pipe" in Path(f"/proc/{pid}/wchan").read_text():
                 found.append(pid)
@@ -279,7 +288,7 @@ async def test_what_was_discarded_counts_as_much_after_a_clean_restart(
     open_directory: Callable[[], Path], stopping: bool
 ) -> None:
     """Also what neither index nor history was told of so far, since it is not twice as much."""
-    directory, marker = open_directory(), f"marker-{os.getpid()}"
+    directory, marker = open_directory(), f"marker-{os.getpid()}-"
     wait = "while [ -z $go ]; do sleep 0.02; done; go="
     write = f"head -c 2000 /dev/zero; {wait}; head -c 500 /dev/zero; {wait}"
     script = f"trap '' TERM; trap go=1 USR1; : {marker}; {write}; exit 3"
@@ -298,7 +307,7 @@ async def test_what_was_discarded_counts_as_much_after_a_clean_restart(
         async with serving(directory, grace) as service, open_wire(service) as wire:
             job = await start(wire, script, **limited)
             await until_lost(wire, job, 1000)
-            (pid,) = processes(marker)
+            pid = first_of(marker)
             async with trio.open_nursery() as nursery:
 
                 async def stop() -> None:
@@ -326,7 +335,7 @@ async def test_job_that_is_refused_while_the_service_ends_is_not_left_to_the_nex
     open_directory: Callable[[], Path],
 ) -> None:
     """Another program has locked the history for too long; the job runs already."""
-    directory, marker = open_directory(), f"marker-{os.getpid()}"
+    directory, marker = open_directory(), f"marker-{os.getpid()}-"
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             with locked_history(directory) as history:

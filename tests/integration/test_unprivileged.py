@@ -89,9 +89,9 @@ def test_job_is_root_inside_and_nobody_outside(served: Served) -> None:
     assert int(done.stdout.split()[1]) <= 5
     assert "/usr/x" in done.stderr
     assert "/tmp/x" not in done.stderr
-    job = served.cli("run", "-q", "sleep", "612.7").stdout.strip()
-    other = served.cli("run", "-q", "sleep", "613.7").stdout.strip()
-    outside = {owner_of("sleep 612.7"), owner_of("sleep 613.7")}
+    commands = [f"sleep {number}.{os.getpid()}" for number in (612, 613)]  # no other run says them
+    job, other = [served.cli("run", "-q", *each.split()).stdout.strip() for each in commands]
+    outside = {owner_of(each) for each in commands}
     if served.subuids:
         assert len(outside) == 2
         assert all(FIRST_SUBUID <= uid < FIRST_SUBUID + SUBUIDS for uid in outside)
@@ -101,7 +101,7 @@ def test_job_is_root_inside_and_nobody_outside(served: Served) -> None:
     secret = served.cli("run", "-f", "sh", "-c", attack)
     assert secret.returncode != 0
     assert "jobworker" not in secret.stdout
-    assert {owner_of("sleep 612.7"), owner_of("sleep 613.7")} == outside
+    assert {owner_of(each) for each in commands} == outside
     assert served.cli("stop", "--grace=0", job, other).returncode == 0
 
 
@@ -142,11 +142,12 @@ def test_with_delegated_groups_limits_hold(open_directory: Callable[[], Path]) -
             done = served.cli("run", "-f", "--max-memory=64", "python3", "-c", greed)
             assert done.returncode == 137
             assert "oom" in served.cli("list").stdout
-            forks = "for i in 1 2 3 4 5 6 7 8 9; do sleep 5 & done"
+            forks = "for i in 1 2 3 4 5 6 7 8 9; do sleep 60 & done"
             done = served.cli("run", "-f", "--max-pids=5", "sh", "-c", forks)
             assert "fork" in done.stderr
-            job = served.cli("run", "-q", "--max-cpu=50", "sleep", "612.7").stdout.strip()
-            assert limit_of("sleep 612.7") in ("50000", "50000 100000")
+            seconds = f"614.{os.getpid()}"
+            job = served.cli("run", "-q", "--max-cpu=50", "sleep", seconds).stdout.strip()
+            assert limit_of(f"sleep {seconds}") in ("50000", "50000 100000")
             status = served.cli("status", job).stdout
             assert "50" in status
         finally:

@@ -64,7 +64,7 @@ async def bystander(guarded: EmbeddedService) -> AsyncIterator[Wire]:
     """Someone who was there before the attack, and must be served after it."""
     async with open_wire(guarded, "viewer") as wire:
         yield wire
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await wire.call("job.list")
     assert "incident" not in guarded.log_text()
 
@@ -177,7 +177,7 @@ async def test_those_who_stall_make_room_for_those_who_do_not(
             stack.callback(tcp.socket.close)
             if not number:
                 oldest = tcp
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             assert await rest(oldest) == b""
         async with open_wire(guarded) as wire:
             await wire.call("service.hello")
@@ -356,7 +356,7 @@ async def test_frame_that_breaks_the_protocol_ends_its_connection(
 
 async def test_message_in_fragments_is_one_message(guarded: EmbeddedService) -> None:
     async with open_raw(guarded) as raw:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await raw.send(frame(TEXT, HELLO[:10], first=0))
             await raw.send(frame(PING, b"between"))
             for byte in HELLO[10:-1]:
@@ -416,7 +416,7 @@ async def test_compression_is_not_agreed_upon(guarded: EmbeddedService) -> None:
 
 async def test_requests_are_text(guarded: EmbeddedService) -> None:
     async with open_raw(guarded) as raw:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await raw.send(frame(BINARY, HELLO))
             assert json.loads((await raw.receive()).payload)["error"]["code"] == -32600
             await raw.send(frame(TEXT, HELLO))
@@ -514,14 +514,14 @@ async def test_requests_in_flight_are_bounded_and_credits_pass_them(
         for _ in range(8):
             nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        with pytest.raises(Refused) as refused, trio.fail_after(10):
+        with pytest.raises(Refused) as refused, trio.fail_after(60):
             await wire.call("service.hello")
         assert refused.value.code == 1007
         for _ in range(40):  # notifications are no requests
             await wire.notify("job.credit", subscription=subscription, bytes=100)
         got = 0
         notes = wire.notes(subscription)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while got < 4001:
                 params = (await notes.receive())["params"]
                 assert isinstance(params, dict)
@@ -549,8 +549,9 @@ async def test_client_that_answers_no_pings_is_let_go(open_directory: Callable[[
         with trio.fail_after(40):
             async with open_raw(service) as raw:
                 await raw.send(frame(TEXT, HELLO))
-                assert (await raw.receive()).opcode == TEXT
-                assert (await raw.receive()).opcode == PING
+                seen = set[int]()
+                while not {TEXT, PING} <= seen:  # in any order on a busy host
+                    seen.add((await raw.receive()).opcode)
                 found: Frame | None = await raw.closing()
         assert found is not None
         assert found.code == 1013
@@ -657,7 +658,7 @@ async def test_client_that_asks_and_never_reads_holds_nobody_up(
             for number in range(20_000):
                 request = {"jsonrpc": "2.0", "id": number, "method": "rpc.discover"}
                 await silent.send(frame(TEXT, json.dumps(request).encode()))
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await bystander.call("job.list")
             async with open_wire(guarded, "viewer") as another:
                 await another.call("service.hello")
@@ -717,7 +718,7 @@ async def test_plain_http_is_told_that_the_port_speaks_tls(
 ) -> None:
     said = b""
     async with await dial(guarded) as tcp:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await tcp.send_all(request_line + b"\r\nHost: x\r\n\r\n")
             while more := await tcp.receive_some():
                 said += more
@@ -753,7 +754,7 @@ async def test_page_of_another_origin_or_of_a_rebound_name_is_refused(
     request = UPGRADE.replace(b"Host: x", b"Host: " + filled(host))
     stream = over_tls(guarded, await dial(guarded))
     try:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await stream.send_all(request + b"Origin: " + filled(origin) + b"\r\n\r\n")
             said = bytes(await stream.receive_some(65_536))
     finally:

@@ -122,8 +122,8 @@ HOGS = {
     "many_processes": (
         "import os, time\n"
         "for _ in range(10):\n"
-        "    if os.fork() == 0: x = bytearray(20 << 20); time.sleep(5); os._exit(0)\n"
-        "time.sleep(8)"
+        "    if os.fork() == 0: x = bytearray(20 << 20); time.sleep(60); os._exit(0)\n"
+        "time.sleep(60)"
     ),
     "sysv_shared_memory": (
         "import ctypes; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n"
