@@ -6,8 +6,10 @@ Whoever holds these locks has the fork server wait, so one that is stopped stand
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,54 @@ def test_launcher_goes_on_while_no_host_name_can_be_set(service: Service) -> Non
     assert os.read(stdout, 100) == b"late\n"
     channel.close_all([stdout, stderr])
     assert "ok" in service.spawn(4, "true")[0]
+
+
+def test_start_whose_name_follows_the_last_one_finds_a_spare_that_has_it(
+    make_policy: Callable[..., LauncherPolicy],
+) -> None:
+    """It waits for nobody: the process that sets names stands still."""
+    policy = make_policy()._replace(spares=2)
+    service = Service(start_launcher(policy), policy)
+    launcher = child_of(service.process.pid)
+    deadline = time.monotonic() + 20
+    while len(spares_of(launcher)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    start_named(service, 1, "job-9")
+    wait_for_a_spare_called("job-10", launcher)
+    start_named(service, 2, "job-10")
+    wait_for_a_spare_called("job-11", launcher)  # beside an older one, which has no such name
+    named = named_child_of(launcher, host_names.NAME)
+    while Path(f"/proc/{named}/stat").read_text().rsplit(")", 1)[1].split()[0] != "S":
+        time.sleep(0.001)  # it has answered then
+    service.ask("list", 0, after=0)  # a turn, which takes the answer
+    with stopped(named):
+        start_named(service, 3, "job-11")
+    service.sock.close()
+    assert service.leaves() == 0
+
+
+def start_named(service: Service, job: int, name: str) -> None:
+    """Run hostname(1) as a job; it prints this name."""
+    reply, (stdout, stderr) = service.spawn(job, "hostname", hostname=name)
+    assert "ok" in reply
+    assert service.exit_of(job)["code"] == 0
+    assert os.read(stdout, 100).decode() == f"{name}\n"
+    channel.close_all([stdout, stderr])
+
+
+def wait_for_a_spare_called(name: str, launcher: int) -> None:
+    """Until one has this host name."""
+    deadline = time.monotonic() + 20
+    while name not in map(host_name_of, spares_of(launcher)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def host_name_of(pid: int) -> str:
+    """The host name that a process sees."""
+    command = ["nsenter", "-t", str(pid), "-u", "hostname"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def test_host_names_are_set_by_the_next_process_if_one_ends(service: Service) -> None:

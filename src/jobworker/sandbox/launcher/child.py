@@ -88,9 +88,9 @@ class Child:
         descriptors to other jobs over a UNIX socket there."""
         self.started_at = self.ended_at = 0.0
         """When its program was executed and when its exit status was read (monotonic, seconds)."""
-        self.order = -1
-        """The memfd for its order, open until the order is sent."""
-        self._errand = NO_ERRAND
+        self.order, self._errand, self.host_name = -1, NO_ERRAND, ""
+        """`order`: the memfd for its order, open until the order is sent. `host_name`: the host
+        name that it has, as a spare; "" while that is not known."""
         self.failure: Message | None = None
         self.gateway: int | None = None
         """The pidfd of its network's gateway until the gateway is reaped; None without one."""

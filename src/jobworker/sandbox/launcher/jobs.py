@@ -45,6 +45,7 @@ from jobworker.sandbox.launcher.child import (
     status_of,
 )
 from jobworker.sandbox.launcher.children import ChildPool
+from jobworker.sandbox.launcher.host_names import following
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.oom_watch import OomWatch
 from jobworker.sandbox.launcher.reports import (
@@ -331,7 +332,7 @@ class Jobs:
             self._make(request.order, start)
             return
         while self._spares:
-            spare = self._spares.popleft()
+            spare = self._take_spare(request.order.hostname)
             if spare.root is not None and disk_images.lost_writes(spare.root):
                 self.kill(spare)
                 continue
@@ -354,6 +355,13 @@ class Jobs:
         else:
             self._make(None, start)
 
+    def _take_spare(self, hostname: str) -> Child:
+        """Take the spare that has this host name, or else the oldest one."""
+        named = (each for each in self._spares if each.host_name == hostname)
+        spare = next(named, self._spares[0])
+        self._spares.remove(spare)
+        return spare
+
     def plan(self, request: requests.PlanOf) -> list[tuple[str, str, str]]:
         """The steps of a start, as `steps.explain` describes them.
 
@@ -362,16 +370,20 @@ class Jobs:
         return self._pool.plan(request.order, request.limits)
 
     def _order(self, child: Child, start: PendingStart) -> None:
-        """Set a child's limits and have its host name set; `_on_named` then sends it its order.
+        """Set a child's limits and send it its order.
 
+        If it does not have its host name yet, it first gets that, and `_on_named` sends the order.
         If that fails, the child is killed, then cleared like any other, and the error is raised.
         """
-        request = start.request
+        request, names = start.request, self._pool.host_names
         try:
             child.scope.arm(room_beside(request.limits, request.order))
             self._usual_limits = request.limits
-            done = partial(self._on_named, child, start)
-            self._pool.host_names.set(child.pidfd, request.order.hostname, done)
+            if child.host_name == request.order.hostname:
+                child.send(start.errand)
+                return
+            names.next = following(request.order.hostname)
+            names.set(child.pidfd, request.order.hostname, partial(self._on_named, child, start))
         except Exception:
             self.kill(child)
             raise
@@ -508,6 +520,7 @@ class Jobs:
                     child.ready = True
                     if child in self._spares:
                         child.scope.arm_ahead(self._usual_limits)
+                        self._pool.host_names.name_ahead(child)
         except BlockingIOError:
             if child.exit is None:
                 return
