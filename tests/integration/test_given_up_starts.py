@@ -40,9 +40,9 @@ def has_ended(init):  # whether the program has: its init is stopped, and collec
         return any(" Z " in open(f"/proc/{pid}/stat").read() for pid in below)
     except OSError:
         return True
-def send(child, errand):
-    child._errand = errand
-    os.pwrite(child.order, errand.image, 0)
+def send(child, exec_image):
+    child._exec_image = exec_image
+    os.pwrite(child.order, exec_image.image, 0)
 def begin(child):
     if child.order >= 0:
         child.sock.send(trampoline.GO)

@@ -167,7 +167,7 @@ class Calls:
         self, name: str, params: object, result: type[T], tries: _Tries
     ) -> tuple[RpcConnection, T]:
         while True:
-            rpc = await self._linked()
+            rpc = await self._connected()
             try:
                 return rpc, await rpc.call(name, params, result, tries.report_asked)
             except RpcConnectionLost as lost:
@@ -183,7 +183,7 @@ class Calls:
                 if rpc.failure is None or self._patience_seconds <= 0:
                     raise
 
-    async def _linked(self) -> RpcConnection:
+    async def _connected(self) -> RpcConnection:
         """Wait for a connection. Raises the reason if there is none."""
         while self._rpc is None or self._rpc.failure is not None:
             attempt = self._attempt
@@ -197,25 +197,25 @@ class Calls:
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a connection; reports `started` after the first one. Raises if that one fails."""
-        lost = await self._serve_first_link(task_status.started)
+        lost = await self._serve_first_connection(task_status.started)
         while self._patience_seconds > 0:
             await self._wanted.wait()
             if self._on_lost is not None:
                 self._on_lost(lost)
             try:
-                lost = await self._serve_next_link(lost)
+                lost = await self._serve_next_connection(lost)
             except JobworkerError as refused:
                 lost = refused
                 self._decide(refused)
         self._decide(lost, for_good=True)
 
-    async def _serve_first_link(self, on_started: Callable[[], None]) -> JobworkerError:
-        """Call `_serve_link`; retry for the start patience, which covers a service's restart."""
+    async def _serve_first_connection(self, on_started: Callable[[], None]) -> JobworkerError:
+        """Call `_serve_connection`; retry for the start patience: a service may be restarting."""
         patience_ends = trio.current_time() + self._start_patience_seconds
         reported = False
         while True:
             try:
-                return await self._serve_link(on_started)
+                return await self._serve_connection(on_started)
             except ConnectionFailed as failed:
                 over = trio.current_time() >= patience_ends
                 if over or isinstance(failed, HostUnknown | NoService):
@@ -225,7 +225,7 @@ class Calls:
                 reported = True
             await trio.sleep(START_PAUSE_SECONDS * random.uniform(0.5, 1))  # noqa: S311
 
-    async def _serve_next_link(self, lost: JobworkerError) -> JobworkerError:
+    async def _serve_next_connection(self, lost: JobworkerError) -> JobworkerError:
         """Dial until there is a connection, and serve it to its end.
 
         Returns why the connection was lost. Raises if there is none when the patience is over.
@@ -237,7 +237,7 @@ class Calls:
             await trio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             try:
-                return await self._serve_link(lambda: None)
+                return await self._serve_connection(lambda: None)
             except (ConnectionFailed, Busy):
                 if trio.current_time() >= patience_ends:
                     raise
@@ -249,7 +249,7 @@ class Calls:
                     f"{lost.message}; connecting again: {why}", remedy=lost.remedy
                 ) from None
 
-    async def _serve_link(self, on_started: Callable[[], None]) -> JobworkerError:
+    async def _serve_connection(self, on_started: Callable[[], None]) -> JobworkerError:
         """Dial once, and serve the connection to its end.
 
         Returns why the connection was lost. Raises if there is none.

@@ -72,8 +72,8 @@ class Client:
             )
         params = m.RunParams(job=job, follow=DELIVERY if follow else None)
         uncertain = "the job may have been started: see the list before running it again"
-        link, result = await self._calls.call_once("job.run", params, m.RunResult, uncertain)
-        first = None if result.subscription is None else link.following(result.subscription, 0)
+        rpc, result = await self._calls.call_once("job.run", params, m.RunResult, uncertain)
+        first = None if result.subscription is None else rpc.following(result.subscription, 0)
         return Job(self._calls, result.job.id, result.job, first)
 
     async def plan(self, spec: JobSpec | Sequence[str]) -> m.Plan:

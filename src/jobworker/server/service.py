@@ -175,7 +175,7 @@ async def _serve_until_signal(
     active_clients = ActiveClients()
     context = OperationContext(
         supervisor=supervisor,
-        link=launcher,
+        launcher=launcher,
         promises=promises,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),

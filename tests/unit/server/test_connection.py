@@ -74,7 +74,7 @@ class Site:
         )
         context = OperationContext(
             supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
-            link=cast(LauncherClient, None),
+            launcher=cast(LauncherClient, None),
             promises=cast(DiskPromises, None),
             host=cast(HostFacts, None),
             runtimes=frozenset(),

@@ -42,14 +42,14 @@ class PendingStart(NamedTuple):
     number: int
     """The number of the request."""
     request: Spawn
-    errand: trampoline.ExecImage
+    exec_image: trampoline.ExecImage
     by: int
     """The count of `Jobs._look_at_starts` at which the launcher gives it up."""
 
 
 NOBODY = -1
 """The request number of a start whose service has gone: the start is not answered."""
-NO_ERRAND = trampoline.ExecImage(b"", "", "", ())
+NO_IMAGE = trampoline.ExecImage(b"", "", "", ())
 
 
 class Child:
@@ -88,7 +88,7 @@ class Child:
         descriptors to other jobs over a UNIX socket there."""
         self.started_at = self.ended_at = 0.0
         """When its program was executed and when its exit status was read (monotonic, seconds)."""
-        self.order, self._errand, self.host_name = -1, NO_ERRAND, ""
+        self.order, self._exec_image, self.host_name = -1, NO_IMAGE, ""
         """`order`: the memfd for its order, open until the order is sent. `host_name`: the host
         name that it has, as a spare; "" while that is not known."""
         self.failure: Message | None = None
@@ -124,14 +124,14 @@ class Child:
         self.volumes: tuple[str, ...] = ()
         """The names of its volumes."""
 
-    def send(self, errand: trampoline.ExecImage) -> None:
+    def send(self, exec_image: trampoline.ExecImage) -> None:
         """Send the child its order, so that it executes the job's program. Raises OSError."""
-        self._errand = errand
+        self._exec_image = exec_image
         if self.sock is None:
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
         written = 0
-        while written < len(errand.image):
-            written += os.pwrite(self.order, errand.image[written:], written)
+        while written < len(exec_image.image):
+            written += os.pwrite(self.order, exec_image.image[written:], written)
         self.sock.send(trampoline.GO, socket.MSG_NOSIGNAL)
         os.close(self.order)
         self.order = -1
@@ -150,7 +150,7 @@ class Child:
         if not packet and not ancillary:
             return None
         if packet.startswith(trampoline.FAILURE):
-            return {"failed": trampoline.failure_from(packet, self._errand)}
+            return {"failed": trampoline.failure_from(packet, self._exec_image)}
         message, descriptors = channel.decode(packet, ancillary, flags)
         name = message.get("volume")
         if "disk" in message and self.disk is None and len(descriptors) == 2:

@@ -380,7 +380,7 @@ class Jobs:
             child.scope.arm(room_beside(request.limits, request.order))
             self._usual_limits = request.limits
             if child.host_name == request.order.hostname:
-                child.send(start.errand)
+                child.send(start.exec_image)
                 return
             names.next = following(request.order.hostname)
             names.set(child.pidfd, request.order.hostname, partial(self._on_named, child, start))
@@ -400,7 +400,7 @@ class Jobs:
                 code = outcome["errno"]
                 assert isinstance(code, int)
                 raise OSError(code, f"cannot set the host name: {os.strerror(code)}")
-            child.send(start.errand)
+            child.send(start.exec_image)
         except OSError as error:
             if not isinstance(error, _ENDED):
                 child.failure = child.failure or problem(SPAWN.step, error)

@@ -36,7 +36,7 @@ from jobworker.sandbox.root.stage import (
     clone,
     make_skeleton,
     move_to,
-    own_namespace,
+    unshare_mounts,
 )
 from jobworker.sandbox.start.plan import DISK, Layer, RootView
 from jobworker.sandbox.start.steps import ROOT
@@ -151,7 +151,7 @@ def _blanks(scratch: str, disk_bytes: int) -> dict[int, ImageTemplate]:
 
 
 def _move(stage: str, writable: Mapping[str, str], trees: Sequence[str]) -> None:
-    own_namespace()
+    unshare_mounts()
     mounts = {f"{LAYERS}/{n}": clone(path, READ_ONLY) for n, path in enumerate(trees)}
     for at, path in writable.items():
         mounts[at] = clone(path, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)

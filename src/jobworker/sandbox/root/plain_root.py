@@ -22,7 +22,7 @@ from jobworker.sandbox.root.stage import (
     clone,
     make_skeleton,
     move_to,
-    own_namespace,
+    unshare_mounts,
 )
 from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, RootView
 from jobworker.sandbox.start.steps import ROOT
@@ -39,7 +39,7 @@ def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str])
     try:
         trees, links = program_trees(programs)
         entries = snapshot_etc(etc)
-        own_namespace()
+        unshare_mounts()
         shown = {path: _clone_all(path) for path in trees}
         devices = {name: sc.open_tree_clone(f"/dev/{name}") for name, _, _ in DEVICES}
         mounts = {SCRATCH: clone(scratch, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)}

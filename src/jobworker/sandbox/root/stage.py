@@ -79,7 +79,7 @@ def clone(path: str, attributes: int) -> int:
     return tree
 
 
-def own_namespace() -> None:
+def unshare_mounts() -> None:
     """Move this process into a new mount namespace that shares no mount events with the host."""
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)

@@ -43,7 +43,12 @@ ENVIRONMENT = {
 }
 """The variables of every job. It gets none of the service's or the launcher's own environment."""
 
-SCRATCH = {"tmp": "/tmp", "vartmp": "/var/tmp", "home": "/root", "workspace": WORKSPACE}  # noqa: S108
+WRITABLE_DIRECTORIES = {
+    "tmp": "/tmp",  # noqa: S108
+    "vartmp": "/var/tmp",  # noqa: S108
+    "home": "/root",
+    "workspace": WORKSPACE,
+}
 """The writable directories of a read-only root: the name on disk, and the path in the root."""
 
 DEVICES = (
@@ -285,8 +290,8 @@ def _scratch(root: str, view: RootView, slot: Slot) -> tuple[s.Step, ...]:
     """The steps for a read-only root with some writable directories."""
     own = f"{view.scratch}/{slot.name}"
     return (
-        s.MakeScratch(own, tuple(SCRATCH), slot.first_uid),
-        *(s.BindScratch(f"{own}/{name}", root + at) for name, at in SCRATCH.items()),
+        s.MakeScratch(own, tuple(WRITABLE_DIRECTORIES), slot.first_uid),
+        *(s.BindScratch(f"{own}/{name}", root + at) for name, at in WRITABLE_DIRECTORIES.items()),
     )
 
 
@@ -324,7 +329,7 @@ def fits_spare(order: Order, usual_disk_bytes: int) -> bool:
 def _user(order: Order | None) -> tuple[s.Step, ...]:
     if order is None or not (order.uid or order.gid):
         return ()
-    directories = (WORKSPACE, SCRATCH["home"]) if order.uid else ()
+    directories = (WORKSPACE, WRITABLE_DIRECTORIES["home"]) if order.uid else ()
     return (s.SetUser(order.uid, order.gid, directories),)
 
 

@@ -79,19 +79,19 @@ def open_volume(step: s.OpenVolume, user_namespace: int) -> tuple[int, bool]:
 
     Returns a descriptor of the volume's root directory, and whether the volume is thin.
     """
-    os.mkdir(step.stage, 0o700)
+    os.mkdir(step.mount_point, 0o700)
     try:
-        thin = disk_images.mount_volume(step.image, step.stage)
+        thin = disk_images.mount_volume(step.image, step.mount_point)
     except FileNotFoundError as error:
         if error.filename == step.image:
             error.filename = step.name
         raise
     with contextlib.suppress(OSError):  # an earlier job's start has removed it
-        os.rmdir(f"{step.stage}/lost+found")
-    tree = sc.open_tree_clone(step.stage, recursive=False)
+        os.rmdir(f"{step.mount_point}/lost+found")
+    tree = sc.open_tree_clone(step.mount_point, recursive=False)
     sc.map_mount(tree, user_namespace)
-    sc.umount(step.stage)
-    os.rmdir(step.stage)
+    sc.umount(step.mount_point)
+    os.rmdir(step.mount_point)
     os.dup2(tree, step.descriptor, inheritable=False)
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)
     os.close(tree)

@@ -93,7 +93,7 @@ class OpenVolume(NamedTuple):
     name: str
     image: str
     """The path of its image in the launcher's namespace."""
-    stage: str
+    mount_point: str
     """A mount point for a moment, which the step makes and removes."""
     descriptor: int
     """The number of the descriptor that the detached mount gets."""

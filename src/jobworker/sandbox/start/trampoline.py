@@ -179,7 +179,7 @@ def _candidates(name: str, search: str) -> list[str]:
     return [f"{directory or '.'}/{name}" for directory in dict.fromkeys(search.split(":"))]
 
 
-def failure_from(packet: bytes, errand: ExecImage) -> dict[str, object]:
+def failure_from(packet: bytes, exec_image: ExecImage) -> dict[str, object]:
     """The failure in a packet that begins with `FAILURE`, as `{"step", "errno", "detail"}`.
 
     Raises ProtocolError for a packet that the trampoline does not send.
@@ -189,7 +189,7 @@ def failure_from(packet: bytes, errand: ExecImage) -> dict[str, object]:
         name = STEPS[step]
     except (struct.error, IndexError):
         raise ProtocolError("cannot read the trampoline's report: it is malformed") from None
-    detail = errand.directory if name == "change-directory" else errand.name
-    if name == "execute" and 0 <= index < len(errand.paths):
-        detail = errand.paths[index] + (" (its interpreter)" if lacks_interpreter else "")
+    detail = exec_image.directory if name == "change-directory" else exec_image.name
+    if name == "execute" and 0 <= index < len(exec_image.paths):
+        detail = exec_image.paths[index] + (" (its interpreter)" if lacks_interpreter else "")
     return {"step": name, "errno": -code, "detail": detail}

@@ -79,7 +79,7 @@ class OperationContext:
     """The parts of the service that operations use, and the limits that all connections share."""
 
     supervisor: Supervisor
-    link: LauncherClient
+    launcher: LauncherClient
     promises: DiskPromises
     host: HostFacts
     runtimes: frozenset[str]
@@ -357,16 +357,16 @@ async def _discover(_: OperationContext, __: Caller, ___: m.Nothing) -> m.Discov
 
 
 async def _make_volume(context: OperationContext, _: Caller, params: m.VolumeSpec) -> m.Nothing:
-    await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
+    await context.launcher.make_volume(params.name, params.size_bytes, thin=params.thin)
     return m.Nothing()
 
 
 async def _list_volumes(context: OperationContext, _: Caller, __: m.Nothing) -> m.Volumes:
-    return m.Volumes(volumes=await context.link.volumes())
+    return m.Volumes(volumes=await context.launcher.volumes())
 
 
 async def _remove_volume(context: OperationContext, _: Caller, params: m.VolumeParams) -> m.Nothing:
-    await context.link.remove_volume(params.name)
+    await context.launcher.remove_volume(params.name)
     return m.Nothing()
 
 

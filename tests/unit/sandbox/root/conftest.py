@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobworker.sandbox.root.stage import own_namespace
+from jobworker.sandbox.root.stage import unshare_mounts
 
 Work = Callable[[], object]
 
@@ -25,7 +25,7 @@ def _run(work: Work) -> object:
     child = os.fork()
     if child == 0:
         try:
-            own_namespace()
+            unshare_mounts()
             outcome = {"result": work()}
         except BaseException:  # noqa: BLE001 - told to the test
             outcome = {"fault": traceback.format_exc()}

@@ -17,7 +17,7 @@ from jobworker.sandbox.root.stage import (
     clone,
     make_skeleton,
     move_to,
-    own_namespace,
+    unshare_mounts,
 )
 from jobworker.sandbox.start.plan import Layer, Order, RootView
 
@@ -50,7 +50,7 @@ def fault_of(work: Work) -> str:
 def test_namespace_shares_no_mount_with_the_host(apart: Callable[[Work], object]) -> None:
     def kinds() -> list[str]:
         sc.mount(None, "/", None, sc.MS_REC | MS_SHARED)  # as systemd has it
-        own_namespace()
+        unshare_mounts()
         return [tag.partition(":")[0] for mount in mounts() for tag in mount[6 : mount.index("-")]]
 
     assert apart(kinds) == []

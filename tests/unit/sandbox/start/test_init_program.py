@@ -24,12 +24,12 @@ def run() -> Iterator[Callable[..., Outcome]]:
     program, init = trampoline.open_program(), init_program.open_init()
 
     def go(script: str, *signals: int) -> Outcome:
-        errand = trampoline.exec_image(
+        exec_image = trampoline.exec_image(
             ChangeDirectory("/"), Execute(("/bin/sh", "-c", script), (("PATH", "/usr/bin:/bin"),))
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         order = os.memfd_create("order")
-        os.write(order, errand.image)
+        os.write(order, exec_image.image)
         report, tell = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:

@@ -25,19 +25,19 @@ Run = Callable[..., tuple[dict[str, object] | None, bytes, int]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """Has a trampoline run an errand: the failure if any, standard output, the exit status."""
+    """Has a trampoline run an image: the failure if any, standard output, the exit status."""
     program = trampoline.open_program()
 
     def go(
         *arguments: str, cwd: str = "/", word: bytes = trampoline.GO, **environment: str
     ) -> tuple[dict[str, object] | None, bytes, int]:
-        errand = trampoline.exec_image(
+        exec_image = trampoline.exec_image(
             ChangeDirectory(cwd), Execute(arguments, tuple(environment.items()))
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         output = (tmp_path / "output").open("w+b")
         with ours, theirs, output, (tmp_path / "order").open("w+b") as order:
-            order.write(errand.image)
+            order.write(exec_image.image)
             order.flush()
             pid = os.fork()
             if pid == 0:
@@ -58,7 +58,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
             packet = ours.recv(4096)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             output.seek(0)
-            failure = trampoline.failure_from(packet, errand) if packet else None
+            failure = trampoline.failure_from(packet, exec_image) if packet else None
             return failure, output.read(), status
 
     yield go
@@ -193,9 +193,9 @@ def test_order_beyond_the_image_is_refused_by_name() -> None:
 @examples(max_examples=100)
 @given(st.binary(max_size=32))
 def test_no_word_of_a_broken_trampoline_breaks_the_launcher(packet: bytes) -> None:
-    errand = trampoline.ExecImage(b"", "/", "true", ("/bin/true",))
+    exec_image = trampoline.ExecImage(b"", "/", "true", ("/bin/true",))
     try:
-        told = trampoline.failure_from(b"t" + packet, errand)
+        told = trampoline.failure_from(b"t" + packet, exec_image)
     except ProtocolError:
         return
     assert told["step"] in trampoline.STEPS
@@ -206,10 +206,10 @@ def test_no_word_of_a_broken_trampoline_breaks_the_launcher(packet: bytes) -> No
 def test_image_holds_each_text_where_its_pointer_says(
     directory: str, arguments: list[str], environment: dict[str, str]
 ) -> None:
-    errand = trampoline.exec_image(
+    exec_image = trampoline.exec_image(
         ChangeDirectory(directory), Execute(tuple(arguments), tuple(environment.items()))
     )
-    image = errand.image
+    image = exec_image.image
 
     def word(at: int) -> int:
         return int.from_bytes(image[at : at + 8], "little")
@@ -228,5 +228,5 @@ def test_image_holds_each_text_where_its_pointer_says(
     assert text(word(0)) == directory
     assert vector(word(8) - trampoline.IMAGE) == arguments
     assert vector(word(16) - trampoline.IMAGE) == [f"{k}={v}" for k, v in environment.items()]
-    assert word(24) == len(errand.paths)
-    assert [text(word(32 + 8 * index)) for index in range(word(24))] == list(errand.paths)
+    assert word(24) == len(exec_image.paths)
+    assert [text(word(32 + 8 * index)) for index in range(word(24))] == list(exec_image.paths)
