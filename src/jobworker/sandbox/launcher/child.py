@@ -126,7 +126,8 @@ class Child:
 
     def send(self, exec_image: trampoline.ExecImage) -> None:
         """Send the child its order, so that it executes the job's program. Raises OSError."""
-        self._exec_image = exec_image
+        # A report of a failure needs its names. The job's variables are not kept while it runs.
+        self._exec_image = exec_image._replace(image=b"")
         if self.sock is None:
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
         written = 0

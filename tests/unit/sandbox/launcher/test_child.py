@@ -1,0 +1,30 @@
+"""A child from the launcher's side: what is kept of an order that was sent."""
+
+import errno
+import os
+import socket
+import struct
+import sys
+from contextlib import closing
+
+from jobworker.sandbox.cgroup.none import NoTree
+from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.start import trampoline
+from jobworker.sandbox.start.plan import Slot
+
+EXECUTE = trampoline.STEPS.index("execute")
+
+
+def test_variables_of_a_job_are_not_kept_once_its_order_is_sent() -> None:
+    child = Child(Slot("job", 1, 1), 0, NoTree("none", "").create("job"))
+    child.order = os.memfd_create("order")
+    child.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    image = b"PASSWORD=secret" * 1000
+    before = sys.getrefcount(image)
+    with closing(child.sock), other:
+        child.send(trampoline.ExecImage(image, "/", "true", ("/bin/true",)))
+        assert sys.getrefcount(image) == before
+        other.send(struct.pack("<5i", ord(trampoline.FAILURE), EXECUTE, -errno.ENOENT, 0, 0))
+        message = child.hear()
+    failure = {"step": "execute", "errno": errno.ENOENT, "detail": "/bin/true"}
+    assert message == {"failed": failure}, "its names are still told"
