@@ -119,7 +119,7 @@ async def test_remains_that_cannot_be_cleared_away_do_not_hold_the_end(
             with trio.fail_after(END_SECONDS):
                 await end(service, signal.SIGTERM)
             assert service.process.returncode == 0
-            assert f"still busy with them: jobs {job}" in service.log_text()
+            assert f"the launcher has not forgotten these jobs yet: {job}" in service.log_text()
         async with serving(directory) as service, open_wire(service) as wire:
             assert (await wire.call("job.status", id=job))["exit_code"] == 3
             after = await wire.call("job.wait", id=await start(wire, "exit 4"))

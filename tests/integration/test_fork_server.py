@@ -36,7 +36,8 @@ def stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # the block may have ended it
+            os.kill(pid, signal.SIGCONT)
 
 
 def send(service: Service, number: int, operation: str, **fields: object) -> None:

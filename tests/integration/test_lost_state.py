@@ -377,7 +377,9 @@ async def test_something_else_at_the_place_of_the_clock_is_told(
     clock.unlink()
     clock.mkdir()
     async with service_in(directory) as (service, _):
-        await until(lambda: f"counts by in {clock}: Is a directory" in service.log_text())
+        await until(
+            lambda: f"for the age of output to {clock}: Is a directory" in service.log_text()
+        )
 
 
 async def test_fifo_at_the_place_of_a_file_holds_no_start_up(

@@ -27,6 +27,7 @@ MAX_SWEEPERS = 4
 MAX_EACH = 60
 """How many disks, how many paths and how many descriptors one process gets: they fit one call."""
 AGAIN_SECONDS = 0.5
+LOOK_AT_KEPT_SECONDS = 1.0
 MAX_KEPT_DISKS = 4
 """While descriptors in other jobs keep so many disks of ended jobs mounted, no job gets a volume,
 since jobs pass such descriptors over a socket in a volume. Each of these disks costs a loop device,
@@ -132,8 +133,17 @@ class Sweepers:
         self._event_loop.call_with_retries(self._go_on)
 
     def _go_on(self) -> None:
-        self.count_kept()
+        self._look_at_kept()
         self._start()
+
+    def _look_at_kept(self) -> None:
+        """Drop images of unmounted disks, now and as long as there are others.
+
+        The kernel may detach a disk a moment after the process has ended. Until the next look the
+        launcher keeps a descriptor of its image, and the disk counts against `MAX_KEPT_DISKS`.
+        """
+        if self.count_kept() and not self._event_loop.is_scheduled(self._look_at_kept):
+            self._event_loop.call_later(LOOK_AT_KEPT_SECONDS, self._look_at_kept)
 
 
 def _sweep(disks: list[disk_images.Disk], paths: list[str]) -> Message:
