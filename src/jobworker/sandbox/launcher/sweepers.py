@@ -140,7 +140,7 @@ class Sweepers:
         """Drop images of unmounted disks, now and as long as there are others.
 
         The kernel may detach a disk a moment after the process has ended. Until the next look the
-        launcher keeps a descriptor of its image, and the disk counts against `MAX_KEPT_DISKS`.
+        launcher keeps a descriptor of its image.
         """
         if self.count_kept() and not self._event_loop.is_scheduled(self._look_at_kept):
             self._event_loop.call_later(LOOK_AT_KEPT_SECONDS, self._look_at_kept)
