@@ -479,6 +479,9 @@ async def _crash(victims: Callable[[EmbeddedService], list[int]], expected: str)
         async with open_embedded(directory) as service, connected(service) as client:
             job = await client.run(shell(f"echo kept; setsid sleep {marker} & sleep {marker}"))
             await until(lambda: len(processes(words)) == 2, "the job's processes")
+            written = directory / "state" / "service" / "spool" / str(job.id) / "stdout"
+            # What is in the pipe alone is gone with those who have it open.
+            await until(lambda: written.read_bytes() == b"kept\n", "its output")
             for pid in victims(service):
                 os.kill(pid, signal.SIGKILL)
             with trio.fail_after(30):
