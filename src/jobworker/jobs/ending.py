@@ -3,7 +3,7 @@
 A client's stop, the time-out and the policy for output end a job in the same way: the job gets a
 signal and a grace period, and then SIGKILL for all processes that are left. If several of them end
 a job, each signal is delivered, and the earliest deadline counts. A job that would not even notice
-the signal is killed at once (`sandbox.launcher.jobs.deliver`).
+the signal is killed at once (`sandbox.launcher.signals.deliver`).
 
 The job's record names the cause that came first. A later cause does not change it, and neither does
 a request after the job has exited, while its output may still be on its way.
