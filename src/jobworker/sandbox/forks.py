@@ -222,8 +222,9 @@ class ForkServer:
             self._event_loop.call_later(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:
-        """Reap a fork server that has ended. `_replace` reads its last answers and starts
-        a new one. If a tracer still has the process, this tries again later.
+        """Reap a fork server that has ended; if a tracer still has it, try again later.
+
+        `_replace` then reads its last answers and starts a new one.
         """
         self._event_loop.unwatch(self._pidfd)
         if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:

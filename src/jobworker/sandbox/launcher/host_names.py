@@ -23,11 +23,10 @@ from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.fork_server import Answer
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.protocol.requests import MAX_HOSTNAME_BYTES
 
 NAME = "host-names"
 """The name that ps(1) shows for the process."""
-MAX_BYTES = 63
-"""The longest host name, as `sandbox.protocol.requests` checks it."""
 
 
 class HostNames:
@@ -78,7 +77,7 @@ def following(name: str) -> str:
     head = name.rstrip("0123456789")
     number = name[len(head) :]
     next_name = f"{head}{int(number) + 1}" if number else ""
-    return next_name if len(next_name.encode()) <= MAX_BYTES else ""
+    return next_name if len(next_name.encode()) <= MAX_HOSTNAME_BYTES else ""
 
 
 def _name_host(name: str, passed: Sequence[int]) -> Answer:

@@ -32,6 +32,8 @@ MAX_NUMBER = 1 << 52
 MAX_JOB = MAX_NUMBER
 """The highest id of a job. The service assigns no higher one, and the launcher refuses it."""
 MAX_SIGNAL = 64
+MAX_HOSTNAME_BYTES = 63
+"""One label of a host name: RFC 1035, 2.3.4. The kernel takes 64: uname(2)."""
 MAX_ID = 65_535
 NETWORKS = ("host", "none", "private")
 
@@ -198,8 +200,8 @@ def _order(message: f.Object) -> Order:
     if sum(map(_bytes_of, (arguments, names, values))) > MAX_ORDER_BYTES:
         raise f.Malformed("arguments and environment exceed 1 MiB")
     hostname = _text(message.get("hostname"), "hostname")
-    if not 1 <= len(hostname.encode()) <= 63:
-        raise f.Malformed("hostname is not of 1 to 63 bytes")
+    if not 1 <= len(hostname.encode()) <= MAX_HOSTNAME_BYTES:
+        raise f.Malformed(f"hostname is not of 1 to {MAX_HOSTNAME_BYTES} bytes")
     workdir = _text(message.get("workdir"), "workdir")
     if workdir and not workdir.startswith("/"):
         raise f.Malformed("workdir is not absolute")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobworker.sandbox.launcher.host_names import MAX_BYTES, following
+from jobworker.sandbox.launcher.host_names import following
+from jobworker.sandbox.protocol.requests import MAX_HOSTNAME_BYTES
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from jobworker.sandbox.launcher.host_names import MAX_BYTES, following
         ("job", ""),
         ("", ""),
         ("job-٣", ""),  # only ASCII digits: the name shall be one that a start asks for
-        ("x" * (MAX_BYTES - 1) + "9", ""),
+        ("x" * (MAX_HOSTNAME_BYTES - 1) + "9", ""),
         ("ü" * 30 + "999", ""),
     ],
 )
