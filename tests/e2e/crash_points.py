@@ -22,6 +22,7 @@ from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.index import RECORD, Record
 from jobworker.jobs.output.index_file import IndexFile
 from jobworker.jobs.output.spool import Spool
+from jobworker.jobs.settlement import Settlement
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.service.launcher_client import LauncherClient
@@ -114,8 +115,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "before the seal": lambda: at(Spool, "seal"),
     "after the seal": lambda: at(Spool, "seal", after=True),
     "before the end is recorded": lambda: at_commit_of(State.FAILED),
-    "after the end is recorded": lambda: at(Execution, "_remove"),
-    "after the removal": lambda: at(Execution, "_remove", after=True),
+    "after the end is recorded": lambda: at(Settlement, "_remove"),
+    "after the removal": lambda: at(Settlement, "_remove", after=True),
 }
 
 if __name__ == "__main__":

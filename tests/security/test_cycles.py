@@ -22,7 +22,10 @@ from ..integration.conftest import running, until
 from ..integration.wire import Refused, Wire, open_socket, open_wire
 from .raw_socket import TEXT, dial, frame, open_raw
 
-OF_A_JOB = {"BatchedEvent", "Ending", "Execution", "JobRecord", "OutputMover", "Spool", "frame"}
+OF_A_JOB = {
+    *("BatchedEvent", "Ending", "Execution", "JobRecord", "LiveRecord", "OutputMover"),
+    *("Settlement", "Spool", "Starting", "frame"),
+}
 OURS = {"Conversation", "FramedSocket", "Nursery", "SocketStream", "TLSStream", "frame"}
 INSIDE = """
 import os, sys

@@ -297,13 +297,13 @@ class Archive:
             return now
         unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
         for execution in unsettled:
-            execution.mark_removed(now)
+            execution.live_record.note_removal_of_output(now)
         recorded = [job for job in jobs if job not in self._unsettled]
         try:
             if recorded:
                 await self._history.mark_output_removed(recorded, now)
             for execution in unsettled:
-                await execution.record_removal()
+                await execution.live_record.put(execution.record)
         except JobworkerError as error:  # the next look finds the marks
             log.error("the output of %d jobs was removed: %s", len(jobs), error)
         else:
@@ -362,7 +362,7 @@ class Archive:
         if execution is None:
             await self._history.remove(job)
             return job not in self._live  # if it is there, another removal waits for the launcher
-        is_forgotten = await execution.remove_record()
+        is_forgotten = await execution.settlement.remove_record()
         self.forget(execution)
         return is_forgotten
 

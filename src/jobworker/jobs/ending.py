@@ -197,14 +197,9 @@ class Ending:
         return None
 
     def close(self) -> None:
-        """Ignore later requests: the job has ended.
-
-        `told` belongs to the execution, which refers to this object. So this object drops it:
-        Python collects cycles seldom, and until then all of an ended job would stay in memory.
-        """
+        """Ignore later requests: the job has ended."""
         self._signals.close()
         self._wanted.close()
-        self._told = _tell_nobody
 
 
 def _has_ended(error: JobworkerError) -> bool:

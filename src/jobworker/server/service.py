@@ -29,10 +29,10 @@ from jobworker.config.settings import Settings
 from jobworker.errors import LauncherGone
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.execution import Rules
 from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.rules import Rules
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import MEBIBYTE, parse_duration

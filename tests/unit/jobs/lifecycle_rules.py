@@ -103,7 +103,7 @@ class ClientRules(LifecycleWorld):
                 service.told.take_id(request, job)
             else:
                 job = execution.record.id
-                service.told.admitted(request, execution.record_now())
+                service.told.admitted(request, execution.live_record.now())
             await self.hear_end(job, service)
 
         def refused(told: Told, error: JobworkerError) -> None:

@@ -242,7 +242,7 @@ class LifecycleWorld(RuleBasedStateMachine):
     def check_left(self) -> None:
         assert self.service is not None
         supervisor = self.service.supervisor
-        assert (supervisor._live, supervisor._places_taken) == ({}, 0)
+        assert (supervisor._live, supervisor._places.taken) == ({}, 0)
         self.check_incidents()
         self.service = None
 

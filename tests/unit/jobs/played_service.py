@@ -17,11 +17,11 @@ from attrs import define, field
 from jobworker.errors import JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.execution import Rules
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.rules import Rules
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, Limits

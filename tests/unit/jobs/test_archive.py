@@ -69,13 +69,15 @@ class Ground:
             await self.history.remove(job)
             return forgotten
 
+        async def put(_record: JobRecord) -> None:
+            await trio.lowlevel.checkpoint()
+
         execution = SimpleNamespace(
             record=record(job, owner=owner),
             spool=spool,
             archived=trio.Event(),
-            remove_record=remove_record,
-            mark_removed=lambda _when: None,
-            record_removal=trio.lowlevel.checkpoint,
+            settlement=SimpleNamespace(remove_record=remove_record),
+            live_record=SimpleNamespace(note_removal_of_output=lambda _when: None, put=put),
         )
         with at_end:
             await self.archive.add(cast("Execution", execution))

@@ -99,7 +99,8 @@ class LifecycleMachine(JobRules, FaultRules):
             return
         service, supervisor, told = self.service, self.service.supervisor, self.told
         self.check_incidents()
-        assert supervisor._places_taken == len(supervisor._live) + len(supervisor._arriving)
+        arriving = supervisor._admission._arriving
+        assert supervisor._places.taken == len(supervisor._live) + len(arriving)
         assert len(self.launcher.alive()) <= supervisor.max_running
         executed = [program.job for program in self.executed]
         assert len(executed) == len(set(executed)), "no job runs twice"

@@ -8,6 +8,7 @@ from attrs import define, evolve
 
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.search import Filter, Page
+from jobworker.jobs.live_record import LiveRecord
 from jobworker.jobs.lookup import LIVE_AT_A_TIME, page_of
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId
@@ -30,12 +31,14 @@ class Asked:
 
 def running(job: int, spool: Path) -> Execution:
     return Execution(
-        record=record(job, State.RUNNING),
-        spool=Spool.create(spool / str(job)),
+        live_record=LiveRecord(
+            record=record(job, State.RUNNING),
+            spool=Spool.create(spool / str(job)),
+            history=None,  # type: ignore[arg-type]
+            clock=lambda: datetime.now(UTC),
+        ),
         launcher=None,  # type: ignore[arg-type]
-        history=None,  # type: ignore[arg-type]
         rules=RULES,
-        clock=lambda: datetime.now(UTC),
         room=None,  # type: ignore[arg-type]
         admitted_at_once=True,
     )
@@ -50,7 +53,7 @@ async def test_page_of_those_that_run_has_none_that_ended_while_it_was_made(
     async def end() -> None:
         await asked.wait()
         for each in live.values():
-            each.record = evolve(each.record, state=State.COMPLETED)
+            each.live_record.record = evolve(each.record, state=State.COMPLETED)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(end)

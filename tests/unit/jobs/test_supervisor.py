@@ -21,7 +21,7 @@ from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound, Sand
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.execution import Clock, Execution, Rules
+from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.search import Filter, Page
 from jobworker.jobs.inheritance import EndedJob, RunningJob, Takeover, WaitingJob
 from jobworker.jobs.output.budget import OutputBudget
@@ -30,6 +30,7 @@ from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.rules import Clock, Rules
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
@@ -739,7 +740,7 @@ async def test_job_is_told_as_removed_once_a_launcher_that_refused_has_forgotten
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the next service finds it there, takes it for one that was lost, and makes a record."""
-    monkeypatch.setattr("jobworker.jobs.execution.RECORD_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("jobworker.jobs.live_record.RECORD_AGAIN_SECONDS", 0.01)
     async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
         with trio.fail_after(20):
             await supervisor.submit(spec("first"), "alice")

@@ -20,7 +20,8 @@ def job(number: int, owner: str) -> Execution:
 
 class _Job(Execution):
     def __init__(self, number: int, owner: str) -> None:  # no task, no files
-        self.record = SimpleNamespace(id=number, owner=owner)  # type: ignore[assignment]
+        record = SimpleNamespace(id=number, owner=owner)
+        self.live_record = SimpleNamespace(record=record)  # type: ignore[assignment]
 
 
 def served(room: WaitingRoom, count: int, *, at_a_time: int) -> list[int]:

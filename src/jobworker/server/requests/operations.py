@@ -166,7 +166,7 @@ async def _run(context: OperationContext, caller: Caller, params: m.RunParams) -
         raise type(error)(
             error.message, remedy=error.remedy, data={**error.data, "job": execution.record.id}
         )
-    subscription, record = None, execution.record_now()
+    subscription, record = None, execution.live_record.now()
     if params.follow is not None:
         # The job is admitted: after an error here the caller would run it once more.
         with suppress(JobworkerError):
