@@ -15,9 +15,9 @@ from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from jobworker.config.default_paths import default_certificate, default_state_directory
 from jobworker.config.durations import check_duration, check_positive_duration
 from jobworker.config.limits import ConnectionLimits
-from jobworker.config.places import default_certificate, default_state_directory
 from jobworker.config.roles import RoleSettings, check_names
 from jobworker.config.runtimes import RuntimeSettings, check_runtime_names
 from jobworker.errors import ConfigError

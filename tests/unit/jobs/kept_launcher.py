@@ -21,7 +21,7 @@ from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.protocol.end_requests import TIMEOUT, EndRequest, EndRequestLog
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.service.exchange import SILENT_SECONDS
-from jobworker.sandbox.service.start_failures import explain
+from jobworker.sandbox.service.launcher_refusals import explain
 
 from .played_program import Behaviour, Program
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.config.places import configuration_in_use, default_configuration
+from jobworker.config.default_paths import configuration_in_use, default_configuration
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
 from jobworker.model.units import parse_duration, parse_size

@@ -23,7 +23,7 @@ class Done(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """The reply to a request that was not served: `sandbox.service.start_failures` explains it."""
+    """The reply to a request that was not served (`sandbox.service.launcher_refusals`)."""
 
     step: str
     """The step of a start that failed, or a word for a request that was refused as a whole."""

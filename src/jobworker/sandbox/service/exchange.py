@@ -24,7 +24,7 @@ from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.protocol.requests import Ping, Request
 from jobworker.sandbox.service import launcher_errors as errors
-from jobworker.sandbox.service.start_failures import explain
+from jobworker.sandbox.service.launcher_refusals import explain
 
 log = logging.getLogger("jobworker.sandbox")
 

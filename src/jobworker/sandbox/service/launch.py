@@ -29,7 +29,7 @@ from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.protocol.replies import JobEntries, Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 from jobworker.sandbox.service.job_reports import KeptJob, exit_from, kept_job_from
-from jobworker.sandbox.service.start_failures import explain
+from jobworker.sandbox.service.launcher_refusals import explain
 
 START_SECONDS = 30
 _SILENT = (

@@ -35,7 +35,7 @@ from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
 from jobworker.sandbox.root.stage import Stage
-from jobworker.sandbox.service.start_failures import explain
+from jobworker.sandbox.service.launcher_refusals import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace
 

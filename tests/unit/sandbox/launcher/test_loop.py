@@ -23,7 +23,7 @@ from jobworker.sandbox.log import BoundedLog
 from jobworker.sandbox.protocol.operations import ROWS
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL
-from jobworker.sandbox.service.start_failures import explain
+from jobworker.sandbox.service.launcher_refusals import explain
 from jobworker.sandbox.start.plan import Slot
 
 

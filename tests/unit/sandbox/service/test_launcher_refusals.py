@@ -6,7 +6,7 @@ import pytest
 
 from jobworker.sandbox.chores import CROWDED
 from jobworker.sandbox.protocol.replies import Refusal
-from jobworker.sandbox.service.start_failures import ENOTSUPP, explain
+from jobworker.sandbox.service.launcher_refusals import ENOTSUPP, explain
 
 
 @pytest.mark.parametrize(
