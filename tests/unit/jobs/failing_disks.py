@@ -80,7 +80,10 @@ class Disks:
 
     def _pwrite(self, real: Callable[..., int]) -> Callable[..., int]:
         def pwrite(file: int, data: bytes, offset: int) -> int:
-            if offset + len(data) > os.fstat(file).st_size:
+            room = os.fstat(file).st_size - offset
+            if len(data) > room:
+                if self.output_is_full and room > 0:
+                    return real(file, data[:room], offset)  # the rest is refused
                 self._refuse_to_grow()
             return real(file, data, offset)
 
@@ -116,9 +119,11 @@ class TaskWriter(Writer):
     def __attrs_post_init__(self) -> None:
         """Start no thread."""
 
-    async def write(self, work: Work, *, is_new: bool = False) -> None:
+    async def write(
+        self, work: Work, *, is_new: bool = False, if_refused: Callable[[], None] | None = None
+    ) -> None:
         """As the writer that this stands for."""
-        write = _Write(work, is_new)
+        write = _Write(work, is_new, if_refused)
         self._waiting.append(write)
         with trio.CancelScope(shield=True):
             async with self._turn:

@@ -18,7 +18,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
@@ -198,12 +198,11 @@ class History:
         refuses, or if another program has locked the database; then only the job's note has the
         record.
         """
-        work = partial(queries.put, record, self._spools)
-        try:
-            await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
-        except InternalError:
-            await self.keep_note(record)  # `work` writes the note too, but may not have begun
-            raise
+        work, if_refused = partial(queries.put, record, self._spools), None
+        if self._spools is not None:  # `work` writes the note too, but may not have begun
+            if_refused = partial(write_note, self._spools, record)
+        what = f"cannot record job {record.id} in the history"
+        await self._write(work, what, is_new=is_new, if_refused=if_refused)
 
     async def keep_note(self, record: JobRecord) -> None:
         """Write the present state of `record` to the job's note alone. Raises nothing."""
@@ -211,10 +210,17 @@ class History:
             with trio.CancelScope(shield=True):  # waits only for the disk
                 await in_thread(write_note, self._spools, record, limiter=self._notes)
 
-    async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:
+    async def _write(
+        self,
+        work: Work,
+        what: str,
+        *,
+        is_new: bool = False,
+        if_refused: Callable[[], None] | None = None,
+    ) -> None:
         """Have the writer execute `work`. Raises an InternalError that begins with `what`."""
         try:
-            await self._writer.write(work, is_new=is_new)
+            await self._writer.write(work, is_new=is_new, if_refused=if_refused)
         except apsw.BusyError as error:
             raise InternalError(
                 f"{what}: another program has locked it for {history_writer.BUSY_SECONDS:g} s",

@@ -10,8 +10,9 @@ admitted; without that room the job is refused. So a restart never changes what 
 A note is a file of lines of JSON. The first line is the whole record. Each further line has the
 fields that may change, that is all but the request. Zeros follow, up to the end of the reserved
 room. If the room is used up and the disk gives no more, or if there are many lines, a new line
-replaces all lines but the first. A line may be torn. The service does not call fsync(2) on a note:
-after a power cut a note has what the file system has kept.
+replaces all lines but the first. A line may be torn; the next one begins on a line of its own. The
+service does not call fsync(2) on a note: after a power cut a note has what the file system has
+kept.
 """
 
 import errno
@@ -125,15 +126,21 @@ def _add_line(note: int, line: bytes) -> None:
     try:
         if first and end - first > _MANY_BYTES:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        _write_all(note, line, end)
+        _write_all(note, line if _begins_a_line(note, end) else b"\n" + line, end)
     except OSError:
         first = first or _first_line_bytes(note)
+        size = os.fstat(note).st_size  # the part that was written may have made the note longer
         if first + len(line) > size:
             raise
         keep = _with_room(first + len(line))
         if keep < size:
             os.ftruncate(note, keep)
-        _write_all(note, line + bytes(max(0, min(end, keep) - first - len(line))), first)
+        # Zeros up to the end: a part of the line may stand behind all that was there before.
+        _write_all(note, line + bytes(min(size, keep) - first - len(line)), first)
+
+
+def _begins_a_line(note: int, offset: int) -> bool:
+    return offset == 0 or os.pread(note, 1, offset - 1) == b"\n"
 
 
 def _first_line_bytes(note: int) -> int:

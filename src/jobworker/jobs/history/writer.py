@@ -16,6 +16,7 @@ If the disk is full, the thread refuses new records. Changes and ends of jobs th
 reserved space (`history.reserved_space`).
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from attrs import Factory, define, field
 
 from jobworker.jobs.history.files import HistoryFiles
 from jobworker.jobs.history.reserved_space import ReservedSpace, make_log_start_anew
+
+log = logging.getLogger("jobworker.jobs")
 
 BUSY_SECONDS = 10.0
 """How long a write waits for another process's lock. The last steps of a backup take less."""
@@ -42,6 +45,8 @@ class _Write:
     work: Work
     is_new: bool = False
     """Whether the thread refuses the write to save the reserved space for the ends of jobs."""
+    if_refused: Callable[[], None] | None = None
+    """Called in the thread if nothing of the write is stored, before its caller wakes."""
     _token: trio.lowlevel.TrioToken = Factory(trio.lowlevel.current_trio_token)
     done: trio.Event = Factory(trio.Event)
     fault: BaseException | None = None
@@ -49,6 +54,11 @@ class _Write:
     def finish(self, fault: BaseException | None) -> None:
         """Wake the caller with this fault, or with None. For the writer's thread."""
         self.fault = fault
+        if fault is not None and self.if_refused is not None:
+            try:
+                self.if_refused()
+            except Exception:  # the caller must wake
+                log.exception("a refused write could not be kept elsewhere")
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.done.set)
 
@@ -71,14 +81,17 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, name="history-writer", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Work, *, is_new: bool = False) -> None:
+    async def write(
+        self, work: Work, *, is_new: bool = False, if_refused: Callable[[], None] | None = None
+    ) -> None:
         """Execute `work` in a transaction. Returns once the transaction is on the disk.
 
         `is_new`: the write gets none of the space that is reserved for the ends of jobs. A
         cancellation does not interrupt it. Raises whatever `work` or the commit raises; then
-        nothing of this write is stored.
+        nothing of this write is stored, and the thread has called `if_refused`. It does so in the
+        order in which the writes came.
         """
-        write = _Write(work, is_new)
+        write = _Write(work, is_new, if_refused)
         with self._arrival:
             self._waiting.append(write)
             self._arrival.notify()

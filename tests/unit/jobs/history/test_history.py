@@ -421,6 +421,35 @@ async def test_note_has_what_the_lock_of_another_keeps_from_the_history(
         assert read_note(path.parent, runs.id) == end
 
 
+async def test_note_has_what_was_refused_together_in_its_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trio wakes those that wait for the writer in any order."""
+    monkeypatch.setattr(history_writer, "BUSY_SECONDS", 0.05)
+
+    async def put(record: JobRecord) -> None:
+        with pytest.raises(InternalError, match="another program has locked it"):
+            await history.put(record)
+
+    with closing(History.open(path, path.parent)) as history:
+        jobs = [record(history.take_id(), State.RUNNING) for _ in range(40)]
+        for job in jobs:
+            (path.parent / str(job.id)).mkdir()
+            make_note(path.parent, job)
+            await history.put(job)
+        with write_lock(path):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(put, record(history.take_id()))  # the writer waits for the lock
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                for job in jobs:
+                    nursery.start_soon(put, evolve(job, detail="a notice"))
+                await trio.testing.wait_all_tasks_blocked()
+                for job in jobs:
+                    nursery.start_soon(put, evolve(job, detail="a notice; another"))
+        told = [read_note(path.parent, job.id) for job in jobs]
+    assert [each.detail for each in told if each is not None] == ["a notice; another"] * 40
+
+
 async def test_lock_of_another_is_not_told_as_a_full_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,14 @@ import pytest
 from attrs import evolve
 
 from jobworker.errors import OutputError
-from jobworker.jobs.history.job_note import make_note, read_news, read_note, write_note
+from jobworker.jobs.history.job_note import (
+    make_note,
+    note_refusal,
+    read_news,
+    read_note,
+    was_refused,
+    write_note,
+)
 from jobworker.model.job import JobId, JobRecord, JobSpec, OutputCut
 from jobworker.model.lifecycle import State
 from jobworker.serialization.json_text import loads
@@ -101,6 +108,32 @@ def test_torn_last_line_is_passed_over(spools: Path) -> None:
     end = len(data.rstrip(b"\0"))
     note_of(spools).write_bytes(data[: end - 20] + bytes(len(data) - end + 20))
     assert read_note(spools, JOB) == record()
+
+
+@pytest.mark.parametrize("torn", [1, 20, 300])
+def test_line_behind_a_torn_one_is_read(spools: Path, torn: int) -> None:
+    make_note(spools, record())
+    write_note(spools, record(state=State.RUNNING))
+    data = note_of(spools).read_bytes()
+    end = len(data.rstrip(b"\0"))
+    note_of(spools).write_bytes(data[: end - torn] + bytes(len(data) - end + torn))
+    stopped = record(state=State.STOPPED, signal=9)
+    write_note(spools, stopped)
+    assert read_note(spools, JOB) == read_news(spools, record()) == stopped
+
+
+@pytest.mark.parametrize("lines", range(1, 25))
+def test_lines_are_read_once_a_full_disk_has_room_again(spools: Path, lines: int) -> None:
+    """A part of the line that the disk did not take may stand behind all others."""
+    make_note(spools, record())
+    with no_file_grows_beyond(note_of(spools).stat().st_size):
+        for number in range(lines):
+            write_note(spools, record(state=State.RUNNING, stdout_bytes=number, detail="d" * 200))
+    stopped = record(state=State.STOPPED, signal=9)
+    write_note(spools, stopped)
+    assert read_note(spools, JOB) == read_news(spools, record()) == stopped
+    note_refusal(spools, JOB)
+    assert was_refused(spools, JOB)
 
 
 def test_note_does_not_grow_with_what_is_asked_again_and_again(spools: Path) -> None:
