@@ -9,6 +9,7 @@ the conversation as if the launcher had ended, with a line in the log, and so do
 no message. The reason: such an event may be the end of a job, and would be lost otherwise.
 """
 
+import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -32,6 +33,7 @@ SILENT_SECONDS = 10.0
 """The launcher is silent if it answers nothing for so long. Its turns take milliseconds
 (`sandbox.event_loop`)."""
 LOOK_SECONDS = 1.0
+SEND_AGAIN_SECONDS = 0.1
 LONG_PIECE = 16_384
 """After so many characters of a request, which take 0.25 ms to encode, other tasks run."""
 
@@ -103,7 +105,7 @@ class Exchange:
             else:
                 await self.wait_unless_silent(waiting.answered)
         if waiting.descriptors_lost:
-            raise errors.out_of_descriptors()
+            raise errors.out_of_descriptors(of_reply=True)
         if waiting.message is None:
             raise errors.launcher_gone() if self.gone.is_set() else errors.unanswered()
         try:
@@ -191,14 +193,8 @@ class Exchange:
         with trio.CancelScope() as scope:
             self._unsent[scope] = patient
             try:
-                try:
-                    self._sending.acquire_nowait()  # acquire() would always run other tasks first
-                except trio.WouldBlock:
-                    await self._sending.acquire()
-                try:
-                    await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
-                finally:
-                    self._sending.release()
+                while not await self._try_to_send(packet, ancillary):  # noqa: ASYNC110 - no event
+                    await trio.sleep(SEND_AGAIN_SECONDS)
             except OSError:
                 await self.gone.wait()  # the launcher has ended; `serve` reads that and sets `gone`
             finally:
@@ -206,6 +202,22 @@ class Exchange:
                 channel.close_all(mine)
         if scope.cancelled_caught:
             raise self._not_sent()
+
+    async def _try_to_send(self, packet: bytes, ancillary: channel.Ancillary) -> bool:
+        """Send a packet. Returns False if the kernel lacks memory for it. Raises OSError."""
+        try:
+            self._sending.acquire_nowait()  # acquire() would always run other tasks first
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            if error.errno not in (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS):
+                raise
+            return False
+        finally:
+            self._sending.release()
+        return True
 
     def _not_sent(self) -> JobworkerError:
         if self.gone.is_set():

@@ -11,12 +11,20 @@ from jobworker.errors import (
 )
 from jobworker.model.job import JobId
 
+_LOST = frozenset({errno.EPROTO, errno.EMFILE})
+"""The errors of replies that this process could not use."""
 
-def out_of_descriptors() -> OutOfDescriptors:
-    """The error for a request for which this process can open no more descriptors."""
+
+def out_of_descriptors(*, of_reply: bool = False) -> OutOfDescriptors:
+    """The error for a request for which this process can open no more descriptors.
+
+    `of_reply`: the launcher has served the request, and this process had no room for the
+    descriptors of the reply. Otherwise the request was not sent.
+    """
     return OutOfDescriptors(
         "cannot serve the request: the service has no file descriptor left for it",
         remedy="try again later, or raise the service's LimitNOFILE",
+        data={"step": "reply", "errno": errno.EMFILE} if of_reply else {},
     )
 
 
@@ -66,8 +74,7 @@ def unanswered() -> LauncherSilent:
 
 def reply_was_lost(error: JobworkerError) -> bool:
     """Whether the launcher may have served a request that failed with this error."""
-    is_malformed = error.data.get("step") == "reply" and error.data.get("errno") == errno.EPROTO
-    return is_malformed or isinstance(error, OutOfDescriptors)
+    return error.data.get("step") == "reply" and error.data.get("errno") in _LOST
 
 
 def malformed(fault: object) -> SandboxError:

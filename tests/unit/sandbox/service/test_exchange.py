@@ -1,5 +1,6 @@
 """Requests that overlap on one socket: each gets its own reply, and none hangs."""
 
+import errno
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import requests as q
 from jobworker.sandbox.protocol.replies import Promised
 from jobworker.sandbox.service.exchange import Exchange, _body_of
+from jobworker.sandbox.service.launcher_errors import reply_was_lost
 from jobworker.sandbox.start.plan import Order
 
 from ....descriptors import descriptors
@@ -209,11 +211,58 @@ async def test_large_request_for_which_no_descriptor_is_left_is_refused() -> Non
         order = Order("job", ("true",), {"A": "x" * channel.PACKET_BYTES}, "")
         with descriptors_left(0):
             await played.ask("start", ops.SPAWN, q.Spawn(3, order, ScopeLimits()))
-        assert type(played.outcomes["start"]) is OutOfDescriptors
+        refusal = played.outcomes["start"]
+        assert type(refusal) is OutOfDescriptors
+        assert not reply_was_lost(refusal), "else a job that waits would be given up"
         assert not played.exchange._waiting, "else the launcher would be asked whether it answers"
         await played.begin("next")
         with pytest.raises(BlockingIOError):
             channel.receive(played.far)
+
+
+class ShortOfMemory:
+    """A socket for whose packets the kernel has no memory a few times."""
+
+    def __init__(self, sock: Any, error: int, times: int = 3) -> None:
+        self._sock, self._refusals = sock, [error] * times
+
+    async def sendmsg(self, *arguments: Any) -> Any:
+        if self._refusals:
+            error = self._refusals.pop()
+            raise OSError(error, os.strerror(error))
+        return await self._sock.sendmsg(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+@pytest.mark.parametrize("error", [errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS])
+async def test_request_is_sent_once_the_kernel_has_memory_for_it(
+    autojump_clock: trio.testing.MockClock, error: int
+) -> None:
+    async with open_played() as played:
+        sock: Any = ShortOfMemory(played.exchange._sock, error)
+        played.exchange._sock = sock
+        played.nursery.start_soon(played.ask, "small", *SMALL)
+        await trio.sleep(5)
+        received = channel.receive(played.far)
+        assert received is not None
+        assert received[0]["op"] == SMALL[0].name
+
+
+async def test_request_that_finds_no_memory_is_given_up_with_the_service(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_played() as played:
+        sock: Any = ShortOfMemory(played.exchange._sock, errno.ENOBUFS, times=1000)
+        played.exchange._sock = sock
+        played.nursery.start_soon(played.ask, "small", *SMALL)
+        await trio.sleep(5)
+        played.exchange.give_up()
+        await played.settle()
+        refusal = played.outcomes["small"]
+        assert isinstance(refusal, LauncherSilent)
+        assert refusal.data == {"sent": False}
 
 
 async def test_other_tasks_run_while_a_long_message_is_encoded() -> None:

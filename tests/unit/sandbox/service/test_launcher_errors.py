@@ -51,11 +51,12 @@ def test_request_that_was_not_sent_is_told_apart_from_one_without_an_answer() ->
 @pytest.mark.parametrize(
     ("error", "was_lost"),
     [
-        (errors.out_of_descriptors(), True),
+        (errors.out_of_descriptors(of_reply=True), True),
+        (errors.out_of_descriptors(), False),
         (errors.malformed("pid is no integer"), True),
         (errors.launcher_gone(), False),
         (errors.not_sent(), False),
-        (SandboxError("cannot", data={"step": "reply", "errno": errno.EMFILE}), False),
+        (SandboxError("cannot", data={"step": "reply", "errno": errno.ENOENT}), False),
         (SandboxError("cannot", data={"step": "mount", "errno": errno.EPROTO}), False),
     ],
 )
