@@ -7,7 +7,6 @@ error.
 
 import logging
 import math
-import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from jobworker.jobs.inheritance import Takeover
 from jobworker.jobs.live_record import LiveRecord
 from jobworker.jobs.lookup import output_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
+from jobworker.jobs.output.directory import unmake_files
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.places import Places
 from jobworker.jobs.quota import QuotaUse, check_quota
@@ -217,7 +217,7 @@ class Admission:
             make_note(self._spools, record)
         except BaseException:
             spool.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            unmake_files(directory)
             raise
         return spool
 

@@ -297,7 +297,8 @@ class Supervisor:
         """Remove an ended job, its output and its record. Returns how many bytes of output it had.
 
         With `force` a live job is killed first, and followers lose the output. Raises NotFound, and
-        without `force` Busy if the job is live or its output is being followed.
+        without `force` Busy if the job is live or its output is being followed. Raises ShuttingDown
+        if the job is left to the next service.
         """
         with self._removals.marked(job) if force else nullcontext():
             return await self._remove(job, force=force, who=who)
@@ -316,7 +317,7 @@ class Supervisor:
                 )
             await self.stop(job, signal.SIGKILL, 0)
             await execution.archived.wait()
-        await self.record(job, who)
+        await self._ended(job, who)  # a job that was left is not live here, and has not ended
         freed = await self._archive.remove(job, force=force)
         if execution is not None:
             await execution.forgotten.wait()

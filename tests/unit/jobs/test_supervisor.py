@@ -17,7 +17,15 @@ import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
-from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound, SandboxError
+from jobworker.errors import (
+    Busy,
+    InternalError,
+    LauncherSilent,
+    NotFound,
+    OutputError,
+    SandboxError,
+    ShuttingDown,
+)
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
@@ -320,6 +328,23 @@ async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
             assert second.record.state is State.RUNNING
             link.finish(JobId(2))
             await supervisor.wait(JobId(2))
+
+
+async def test_what_stands_in_the_place_of_output_stays_though_the_job_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("jobworker.jobs.admission.make_note", refuse)
+    async with supervising(tmp_path, max_running=1) as (supervisor, _, _):
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "kept").write_text("another's")
+        for _ in range(2):
+            with pytest.raises(OutputError, match="the disk is full"):
+                await supervisor.submit(spec("refused"), "alice")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"1", "1/kept"}
 
 
 async def test_fault_of_ours_in_the_end_of_a_job_does_not_keep_the_service_from_its_end(
@@ -785,6 +810,27 @@ async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(
     assert history.records[JobId(1)].stop_requested_at is not None
     for pipe in pipes:
         os.close(pipe)
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_job_that_was_left_is_not_removed(tmp_path: Path, force: bool) -> None:
+    """The service answers still, since another job is being stopped."""
+    async with supervising(tmp_path, max_running=2) as (supervisor, link, history):
+        jobs = [
+            await supervisor.submit(spec(name), "alice") for name in ("left", "stopped", "waits")
+        ]
+        jobs[1].request_stop(signal.SIGTERM, 100)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.leave)
+            with trio.fail_after(20):
+                await jobs[0].forgotten.wait()
+                await jobs[2].forgotten.wait()
+            for job in (JobId(1), JobId(3)):
+                with pytest.raises(ShuttingDown, match=f"cannot reach job {job}: it is left"):
+                    await supervisor.remove(job, force=force)
+                assert job in history.records
+                assert (tmp_path / str(job) / "index").exists()
+            link.finish(JobId(2))
 
 
 async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(

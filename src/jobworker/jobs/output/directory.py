@@ -177,6 +177,16 @@ def create_files(directory: Path) -> list[int]:
     return fds
 
 
+def unmake_files(directory: Path) -> None:
+    """Remove the files of output that is not to be, and the directory if nothing else is there.
+
+    Raises nothing: if the disk refuses, the next service finds the directory without a job.
+    """
+    with suppress(OSError):
+        _unlink_files(directory)
+        os.rmdir(directory)
+
+
 def open_files(directory: Path, *, writable: bool, partial: bool = False) -> list[int]:
     """Open the files in `directory`. Returns their descriptors in the order of `NAMES`.
 
