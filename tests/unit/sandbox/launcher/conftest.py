@@ -28,7 +28,7 @@ def start_child() -> Iterator[StartChild]:
         if says:
             process.stdout.readline()
         number = len(processes)
-        child = Child(Slot(f"job-{number}", 1, 1), number, NoTree("none", "").create("job"))
+        child = new_child(number)
         child.pid, child.pidfd = process.pid, os.pidfd_open(process.pid)
         processes.append((process, child))
         return child
@@ -38,3 +38,8 @@ def start_child() -> Iterator[StartChild]:
         os.close(child.pidfd)
         with process:
             process.kill()
+
+
+def new_child(number: int) -> Child:
+    """A child that has no process yet."""
+    return Child(Slot(f"job-{number}", 1, 1), number, NoTree("none", "").create("job"))

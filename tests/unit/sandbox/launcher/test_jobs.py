@@ -1,12 +1,9 @@
 """What the launcher does for a job also where it has no descriptor left, or meets a fault."""
 
-import errno
 import os
 import resource
-import signal
 import socket
 import subprocess
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -16,14 +13,11 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox import event_loop as turns_module
-from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.disk.images import Disk
-from jobworker.sandbox.disk.volumes import VolumeStore
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.child import Child, ChildExit, status_of
+from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
@@ -31,13 +25,10 @@ from jobworker.sandbox.launcher.reports import DIED
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import Sweepers
 from jobworker.sandbox.launcher.walls import Walls
-from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
-from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.service.launcher_refusals import explain
 from jobworker.sandbox.start.plan import Slot
-from jobworker.sandbox.user_namespaces import make_user_namespace
 
 from ....descriptors import descriptors
 
@@ -219,58 +210,3 @@ def test_child_that_ends_before_it_has_its_order_is_told_as_no_start(
     assert (child.request, child.failure) == (7, DIED)
     assert not jobs.told
     os.close(child.order)
-
-
-def test_end_that_a_tracer_hears_first_is_not_waited_for(
-    traced: tuple[int, Callable[[], None]], child: Child
-) -> None:
-    pidfd, let_go = traced
-    child.pidfd, own = pidfd, child.pidfd
-    assert status_of(child) is None
-    assert gateway.reap(pidfd) is None
-    let_go()
-    assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT) is not None
-    assert status_of(child) == ChildExit(None, signal.SIGKILL)
-    assert gateway.reap(pidfd) == "its slirp4netns ended by signal 9"
-    child.pidfd = own
-
-
-def test_user_namespace_that_no_process_can_make_leaves_no_descriptor(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(_: int) -> None:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr(sc, "clone3", refuse)
-    before = descriptors()
-    with pytest.raises(BlockingIOError):
-        make_user_namespace(100_000, 1)
-    assert descriptors() == before
-
-
-def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: Child) -> None:
-    pool, discarded, closed = ChildPool.__new__(ChildPool), list[Disk](), list[list[int]]()
-
-    def discard_disk(disk: Disk, overlay: int | None, *, shared: bool) -> None:
-        discarded.append(disk)
-        raise KeyError("unforeseen")
-
-    def close(descriptors: list[int]) -> None:
-        closed.append(descriptors)
-        raise KeyError("unforeseen")
-
-    sweepers = SimpleNamespace(discard_disk=discard_disk, close=close)
-    volumes = SimpleNamespace(release=lambda _: None)
-    pool.sweepers, pool.volumes = cast("Sweepers", sweepers), cast("VolumeStore", volumes)
-    pool._stage = cast("Stage", SimpleNamespace(view=SimpleNamespace(scratch="")))
-    pool._free = deque()
-    child.disk, child.volume_roots, own = Disk(100, 101), {"kept": 102}, os.dup(child.pidfd)
-    with pytest.raises(KeyError):
-        pool.discard_disk(child)
-    pool.discard_disk(child)
-    assert discarded == [Disk(100, 101)], "the numbers are others' by now"
-    for _ in range(2):
-        with pytest.raises(KeyError):
-            pool.release_volumes(child)
-    assert closed == [[102], []]
-    child.pidfd = own
