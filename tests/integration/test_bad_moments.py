@@ -65,7 +65,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 FAULT = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox.launcher import children, jobs as launcher_jobs
+from jobworker.sandbox.launcher import children, ends
 from jobworker.sandbox import event_loop as turns
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import ChildPool
@@ -85,16 +85,16 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 FAULTY_LATE_START = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox.launcher.jobs import Jobs
+from jobworker.sandbox.launcher.child_supply import ChildSupply
 waits = [True]
-def must_wait(jobs, order, must_wait=Jobs._must_wait):
-    is_second = bool(jobs._jobs) and waits
-    return waits.pop() if is_second else must_wait(jobs, order)
-def start(jobs, number, request, by, start=Jobs._start):
-    if request.job == 2:
+def must_wait(supply, order, must_wait=ChildSupply.must_wait):
+    is_second = supply._jobs.count and waits
+    return waits.pop() if is_second else must_wait(supply, order)
+def give(supply, start, give=ChildSupply.give):
+    if start.request.job == 2:
         raise KeyError("on purpose")
-    start(jobs, number, request, by)
-Jobs._must_wait, Jobs._start = must_wait, start
+    return give(supply, start)
+ChildSupply.must_wait, ChildSupply.give = must_wait, give
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose second start waits for the end of the first, and meets a fault then."""
@@ -147,7 +147,7 @@ def test_volumes_that_could_not_be_looked_at_are_not_told_as_lost(
     assert "ok" in service.ask("remove", 1)[0]
 
 
-@pytest.mark.parametrize("name", ["Jobs._on_exit", "Jobs._on_word", "OomWatch._on_event"])
+@pytest.mark.parametrize("name", ["Ends._on_exit", "ChildMessages.read", "OomWatch._on_event"])
 def test_child_that_cannot_be_watched_leaves_its_place(
     serving: Callable[..., Service], name: str
 ) -> None:
@@ -195,7 +195,7 @@ def _name_of(pid: str) -> str:
     [
         pytest.param("Child", "want", id="its end is looked into"),
         pytest.param("VolumeLosses", "_on_inspected", id="its volumes were looked at"),
-        pytest.param("launcher_jobs", "how_ended", id="its end is told"),
+        pytest.param("ends", "how_ended", id="its end is told"),
         pytest.param("ChildPool", "clear", id="its place is taken back"),
     ],
 )
@@ -250,7 +250,7 @@ def test_start_that_waits_and_meets_an_unforeseen_fault_is_refused(
 def test_removal_that_meets_an_unforeseen_fault_is_answered(
     serving: Callable[..., Service],
 ) -> None:
-    bootstrap = FAULT.replace("OWNER", "Jobs").replace("NAME", "_tell_cleared")
+    bootstrap = FAULT.replace("OWNER", "Jobs").replace("NAME", "tell_cleared")
     service = serving(bootstrap, max_jobs=1, spares=0)
     for job in (1, 2):
         reply, descriptors = service.spawn(job, "sleep", "600")

@@ -30,9 +30,10 @@ from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixtu
 BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os, select, time
-from jobworker.sandbox.launcher import child_maker, host_names, jobs as launcher_jobs
+from jobworker.sandbox.launcher import child_maker, host_names
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.launcher.starts import Starts
 ending = []
 def has_ended(init):  # whether the program has: its init is stopped, and collects nothing
     try:
@@ -67,22 +68,22 @@ def hear(child, hear=Child.hear):
         if ending and child.request is not None:
             begin(child)
         raise
-def give_up(jobs, child, why, give_up=launcher_jobs.Jobs._give_up):
+def give_up(starts, child, why, give_up=Starts._give_up_child):
     if "MOMENT" == "before":
         begin(child)
     ending.append(child)
-    return give_up(jobs, child, why)
-def undo(jobs, undo=launcher_jobs.Jobs.undo_starts):
+    return give_up(starts, child, why)
+def undo(starts, undo=Starts.undo_all):
     if "MOMENT" == "before":
-        for child in jobs._jobs.values():
+        for child in starts._jobs._jobs.values():
             begin(child)
-    ending.append(jobs)
-    undo(jobs)
+    ending.append(starts)
+    undo(starts)
 host_names.HostNames.set = lambda names, pidfd, name, done: done({})  # the order is there at once
 if "MOMENT" == "never":
     child_maker.become_job = lambda *_: time.sleep(600)
 Child.send, Child.hear = send, hear
-launcher_jobs.Jobs._give_up, launcher_jobs.Jobs.undo_starts = give_up, undo
+Starts._give_up_child, Starts.undo_all = give_up, undo
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that lets a job's program begin only at MOMENT: before its start is given up, or after
@@ -92,9 +93,9 @@ never: no child gets on with its preparation."""
 NO_PLACE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox.launcher import jobs as launcher_jobs, service_connection as service_link
-launcher_jobs.START_SECONDS = 1.0
-launcher_jobs.Jobs._must_wait = lambda *_: True
+from jobworker.sandbox.launcher import child_supply, starts, service_connection as service_link
+starts.START_SECONDS = 1.0
+child_supply.ChildSupply.must_wait = lambda *_: True
 class Broken(service_link.Outbox):
     def send(self, message, descriptors):
         if "error" in message:

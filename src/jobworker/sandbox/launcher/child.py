@@ -44,7 +44,7 @@ class PendingStart(NamedTuple):
     request: Spawn
     exec_image: trampoline.ExecImage
     by: int
-    """The count of `Jobs._look_at_starts` at which the launcher gives it up."""
+    """The count of `Starts._look_at_starts` at which the launcher gives it up."""
 
 
 NOBODY = -1
@@ -58,7 +58,7 @@ class Child:
     asked: EndRequestLog | None = None
     """The end that a service has asked for, kept so that the next service finds it."""
     start_by = 0
-    """The count of `Jobs._look_at_starts` at which the launcher gives its start up."""
+    """The count of `Starts._look_at_starts` at which the launcher gives its start up."""
     start: PendingStart | None = None
     """The start that it is made for; None once it is made, and for a spare."""
     end_is_taken = is_clearing = False

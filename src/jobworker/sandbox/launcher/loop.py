@@ -35,6 +35,7 @@ from jobworker.sandbox.launcher.listener import LauncherListener
 from jobworker.sandbox.launcher.reports import fault, job_entry, problem
 from jobworker.sandbox.launcher.service_connection import ServiceConnection
 from jobworker.sandbox.launcher.signals import deliver, keep_end_request
+from jobworker.sandbox.launcher.starts import Starts
 from jobworker.sandbox.log import BoundedLog, log_line
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests
@@ -61,12 +62,13 @@ class Launcher:
 
     def __init__(self, pool: ChildPool, spares: int, hello: channel.Message, locks: int) -> None:
         self._event_loop, forks = pool.event_loop, pool.forks
-        self._volumes = pool.volumes
+        self._pool, self._volumes = pool, pool.volumes
         self._disposal = Disposal(self._event_loop, forks)
         self._makers = Chores(self._event_loop, forks, at_once=4, waiting=0)
         """Chores that make volumes. They are apart, since to format a large volume takes long."""
         self._chores = Chores(self._event_loop, forks, at_once=4, waiting=256)
-        self._jobs = Jobs(pool, spares, self._send, locks)
+        self._jobs = Jobs(pool)
+        self._starts = Starts(pool, self._jobs, spares, self._send, locks)
         self._functions = self._table()
         self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceConnection | None = None
@@ -132,7 +134,7 @@ class Launcher:
             self._leave(reason)  # the descriptors stay open until the process exits
             return
         self._visits.line(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
-        self._jobs.undo_starts()
+        self._starts.undo_all()
         self._listener.accept_waiting()
         self._disposal.add(descriptors)
 
@@ -160,7 +162,7 @@ class Launcher:
                 _served(ops.HELLO, self._greet),
                 _served(ops.PING, lambda *_: replies.Done()),
                 _served(ops.SPAWN, self._spawn),
-                _served(ops.PLAN, lambda _, asked: replies.Steps(tuple(self._jobs.plan(asked)))),
+                _served(ops.PLAN, self._plan),
                 _served(ops.GIVE_UP, self._give_up_start),
                 _served(ops.SIGNAL, self._signal),
                 _served(ops.KILL, self._kill),
@@ -197,10 +199,13 @@ class Launcher:
         return child
 
     def _spawn(self, number: int, asked: requests.Spawn) -> None:
-        self._jobs.spawn(number, asked)
+        self._starts.spawn(number, asked)
+
+    def _plan(self, _: int, asked: requests.PlanOf) -> replies.Steps:
+        return replies.Steps(tuple(self._pool.plan(asked.order, asked.limits)))
 
     def _give_up_start(self, _: int, asked: requests.GiveUpStart) -> replies.GivenUp:
-        return replies.GivenUp(self._jobs.give_up_start(asked.job))
+        return replies.GivenUp(self._starts.give_up(asked.job))
 
     def _signal(self, _: int, asked: requests.Signal) -> replies.Delivered:
         child = self._child(asked.job)
@@ -280,7 +285,8 @@ class Launcher:
             self._link.mute()
         if self._listener is not None:
             self._listener.close()
-        self._jobs.end_all()
+        self._starts.close()
+        self._jobs.remove_all()
 
     def _be_late(self) -> None:
         log_line("leaving, though not everything could be cleared away")

@@ -41,7 +41,7 @@ class Walls:
             return
         if changed:
             for child in self._children:
-                if child.sock is None:  # `Jobs._on_word` builds the wall when a start is done
+                if child.sock is None:  # `Starts` builds the wall when a start is done
                     self.build(child)
 
     def build(self, child: Child) -> None:

@@ -31,7 +31,7 @@ class NoJobs:
     """What the loop asks of jobs, where that can be answered without any."""
 
     def __init__(self, *_: object) -> None:
-        self.asked = self.undone = 0
+        self.asked = 0
 
     def promised_bytes(self) -> int:
         self.asked += 1
@@ -41,18 +41,25 @@ class NoJobs:
         self.asked += 1
         return []
 
-    def undo_starts(self) -> None:
+
+class NoStarts:
+    """What the loop asks of starts when a service goes."""
+
+    def __init__(self, *_: object) -> None:
+        self.undone = 0
+
+    def undo_all(self) -> None:
         self.undone += 1
 
 
 def make_launcher(
     monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
-) -> tuple[Launcher, NoJobs]:
+) -> Launcher:
     monkeypatch.setattr(launcher_loop, "Jobs", NoJobs)
+    monkeypatch.setattr(launcher_loop, "Starts", NoStarts)
     monkeypatch.setattr(Launcher, "_leave_on_signals", lambda _: None)
     pool = SimpleNamespace(volumes=None, event_loop=event_loop, forks=forks)
-    launcher = Launcher(cast("ChildPool", pool), 0, {}, locks=-1)
-    return launcher, cast("NoJobs", launcher._jobs)
+    return Launcher(cast("ChildPool", pool), 0, {}, locks=-1)
 
 
 class Service:
@@ -81,7 +88,7 @@ class Service:
 def service(
     monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> Iterator[Service]:
-    service = Service(make_launcher(monkeypatch, event_loop, forks)[0])
+    service = Service(make_launcher(monkeypatch, event_loop, forks))
     with service.near, service.sock:
         yield service
 
@@ -140,7 +147,8 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
     monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doorway, "AGAIN_SECONDS", 3600)
-    launcher, jobs = make_launcher(monkeypatch, event_loop, forks)
+    launcher = make_launcher(monkeypatch, event_loop, forks)
+    jobs = cast("NoJobs", launcher._jobs)
     listener, first, second = (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)
     )
@@ -176,7 +184,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
 def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
     monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer, tmp_path: Path
 ) -> None:
-    launcher, jobs = make_launcher(monkeypatch, event_loop, forks)
+    launcher = make_launcher(monkeypatch, event_loop, forks)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service,
@@ -197,7 +205,7 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
         service.close()
         launcher._event_loop.run_once()
         assert len(left) == 1
-        assert jobs.undone == 1
+        assert cast("NoStarts", launcher._starts).undone == 1
         channel.close_all(left)
 
 
@@ -208,7 +216,7 @@ def test_visits_of_services_fill_no_log(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    launcher, _ = make_launcher(monkeypatch, event_loop, forks)
+    launcher = make_launcher(monkeypatch, event_loop, forks)
     kind = socket.SOCK_SEQPACKET
     with socket.socket(socket.AF_UNIX, kind) as listener:
         listener.bind(str(tmp_path / "launcher.sock"))
