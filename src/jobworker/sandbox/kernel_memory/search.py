@@ -14,8 +14,7 @@ and if a job has so many sockets that the requests which the kernel keeps for th
 bound. The list shows which sockets have made a request, but only the sum of all requests.
 
 A job can have more descriptors than a search can read (each of its threads may have a table, which
-its memory limit counts). So a search has a time limit. A table that threads share is read once:
-kcmp(2).
+its memory limit counts). So a search has a time limit.
 
 A job can also hold locks of the kernel for as long as it likes, by calls that wait for its own
 pages. So the search calls nothing that takes a socket's lock, or the lock of an epoll or inotify
@@ -24,7 +23,7 @@ locked on the inode that all of these share. If the process has to wait for a jo
 launcher ends it (`sandbox.chores`).
 
 It runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
-proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
+proc_pid_fdinfo(5), unix(7).
 """
 
 import contextlib
@@ -36,8 +35,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import open_files
 from jobworker.sandbox.kernel_memory import pipes as kernel_pipes
 from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
 from jobworker.sandbox.kernel_memory.measure import (
@@ -60,7 +59,6 @@ _PIPE = "pipe:["
 _IN_FLIGHT = b"scm_fds:"
 _WATCHES = {"anon_inode:[eventpoll]", "anon_inode:inotify", "anon_inode:[fanotify]"}
 """Descriptors whose fdinfo has a line for each watched object, and takes a lock."""
-_PIECE_BYTES = 1 << 16
 _GONE = {errno.ESRCH, errno.EBADF, errno.ENOTSOCK}
 
 
@@ -108,7 +106,7 @@ def search(
             break
     else:
         mapped = set()
-        for file in _mapped_memory_files(threads if _has_file(unknown_locks) else ()):
+        for file in open_files.mapped_memory_files(threads if _has_file(unknown_locks) else ()):
             mapped.add(file)
             if time.process_time() > end:
                 break
@@ -174,15 +172,15 @@ class _Shown:
 
     def take_in(self, threads: Iterable[int]) -> Iterator[None]:
         """Read the descriptors of threads; yields after each piece, so the caller can end it."""
-        for thread, name, target in _descriptors(threads):
+        for thread, name, target in open_files.descriptors(threads):
             inode = _inode_in(target)
             if inode and inode not in self.sockets:
                 self.sockets.add(inode)
                 self._add_socket(thread, name, inode)
             elif self._sockets_too and target.startswith((_PIPE, "/")):
                 self._add_pipe(thread, int(name))
-            if target not in _WATCHES or _file_at(thread, name) in self._unknown_locks:
-                for lines in _fdinfo(thread, name):
+            if target not in _WATCHES or open_files.file_at(thread, name) in self._unknown_locks:
+                for lines in open_files.fdinfo(thread, name):
                     self._add(lines)
                     yield
             yield
@@ -210,7 +208,7 @@ class _Shown:
             place = status.st_dev, status.st_ino
             if not stat.S_ISFIFO(status.st_mode) or place in self._read:
                 return
-            is_filled = kernel_pipes.is_filled(_copy_of(thread, number, opened))
+            is_filled = kernel_pipes.is_filled(open_files.copy_of(thread, number, opened))
             if is_filled is not None:
                 self._read.add(place)
             if is_filled is False:
@@ -225,7 +223,7 @@ class _Shown:
             end = time.process_time() + PIPES_SECONDS
             for thread, number in kernel_memory.until(end, self._pipes.values()):
                 with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
-                    held = kernel_pipes.held_in(_copy_of(thread, number, opened))
+                    held = kernel_pipes.held_in(open_files.copy_of(thread, number, opened))
                     size, most = size + held.bytes, most + held.most_bytes
                 if size > enough_bytes:
                     break
@@ -242,7 +240,7 @@ def _threads_of(first_process: int) -> list[int]:
 
 def _sockets_of(first_process: int) -> Iterator[int]:
     """The inodes of a job's sockets, and a 0 for each other descriptor."""
-    for _, _, target in _descriptors(_threads_of(first_process)):
+    for _, _, target in open_files.descriptors(_threads_of(first_process)):
         yield _inode_in(target)
 
 
@@ -283,93 +281,6 @@ def _held_by(thread: int, number: int) -> int | None:
     """
     try:
         with contextlib.ExitStack() as opened:
-            return kernel_sockets.held_by(_copy_of(thread, number, opened))
+            return kernel_sockets.held_by(open_files.copy_of(thread, number, opened))
     except OSError as error:
         return 0 if error.errno in _GONE else None
-
-
-def _copy_of(thread: int, number: int, opened: contextlib.ExitStack) -> int:
-    """A duplicate of a thread's descriptor, which `opened` closes. Raises OSError."""
-    try:
-        process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
-    except OSError:  # before Linux 6.9 only a process's first thread can be opened
-        process = os.pidfd_open(thread)
-    opened.callback(os.close, process)
-    copy = sc.pidfd_getfd(process, number)
-    opened.callback(os.close, copy)
-    return copy
-
-
-def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str]]:
-    """The thread, the name and the link's target of each descriptor of these threads."""
-    for thread in _distinct(threads, sc.KCMP_FILES):
-        for name in _listed(f"/proc/{thread}/fd"):
-            target = ""
-            with contextlib.suppress(OSError):  # closed meanwhile
-                target = os.readlink(f"/proc/{thread}/fd/{name}")
-            yield thread, name, target
-
-
-def _fdinfo(thread: int, name: str) -> Iterator[list[bytes]]:
-    """The lines of a descriptor's fdinfo, some at a time, since there may be millions."""
-    with contextlib.suppress(OSError), open(f"/proc/{thread}/fdinfo/{name}", "rb") as file:
-        while lines := file.readlines(_PIECE_BYTES):
-            yield lines
-
-
-def _file_at(thread: int, name: str) -> str:
-    """The file of a descriptor, in the form of /proc/locks; "" if it is closed."""
-    with contextlib.suppress(OSError):
-        status = os.stat(f"/proc/{thread}/fd/{name}")
-        device = status.st_dev
-        return f"{os.major(device):02x}:{os.minor(device):02x}:{status.st_ino}"
-    return ""
-
-
-def _mapped_memory_files(threads: Iterable[int]) -> Iterator[str]:
-    """The memfds that threads have mapped, in the form of /proc/locks; "" for another mapping.
-
-    Other mapped files do not count, since any program maps libraries. No program maps a memfd by
-    chance.
-    """
-    for thread in _distinct(threads, sc.KCMP_VM):
-        with contextlib.suppress(OSError), open(f"/proc/{thread}/maps", "rb") as file:
-            for line in file:
-                fields = line.split(maxsplit=5)
-                if len(fields) == 6 and fields[5].startswith(b"/memfd:"):
-                    yield f"{fields[3].decode()}:{int(fields[4])}"
-                else:
-                    yield ""
-
-
-def _distinct(threads: Iterable[int], kind: int) -> Iterator[int]:
-    """One thread for each table of this kind, which several threads may share."""
-    known: list[int] = []
-    for thread in threads:
-        try:
-            at = _place_among(known, thread, kind)
-        except OSError:  # one of the two has ended, or the kernel has no kcmp
-            yield thread
-            continue
-        if at is not None:
-            known.insert(at, thread)
-            yield thread
-
-
-def _place_among(known: Sequence[int], thread: int, kind: int) -> int | None:
-    """The thread's place among `known` in the kernel's order; None if one shares its table."""
-    low, high = 0, len(known)
-    while low < high:
-        middle = (low + high) // 2
-        order = sc.kcmp(thread, known[middle], kind)
-        if order == 0:
-            return None
-        low, high = (low, middle) if order == 1 else (middle + 1, high)
-    return low
-
-
-def _listed(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []

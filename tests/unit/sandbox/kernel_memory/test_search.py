@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
+from jobworker.sandbox.kernel_memory import open_files
 from jobworker.sandbox.kernel_memory import search as kernel_search
 from jobworker.sandbox.kernel_memory.measure import BYTES_PER_LOCK, NetlinkSocket
 
@@ -62,7 +63,7 @@ def test_mappings_are_read_only_if_they_could_explain_locks(
         read.extend(threads)
         yield ""
 
-    monkeypatch.setattr(kernel_search, "_mapped_memory_files", record)
+    monkeypatch.setattr(open_files, "mapped_memory_files", record)
     monkeypatch.setattr(kernel_search, "_threads_of", lambda _: [os.getpid()])
     assert kernel_search.search(os.getpid(), unknown).is_all
     assert bool(read) is reads
