@@ -119,11 +119,9 @@ try:
         count += 1
 except OSError:
     pass
-try:
+for where in ("fd", "fdinfo", "task/1/fd", "task/1/fdinfo"):
     for number in range(count):
-        os.lstat(f"/proc/1/fd/{number}")
-except OSError:
-    pass
+        os.lstat(f"/proc/1/{where}/{number}")
 """
 _MEMORY = """
 held = bytearray(400 << 20)
@@ -200,8 +198,9 @@ ATTACKS: dict[str, Attack] = {
     ),
     "threads": Attack("9,000 threads", _THREADS, limits=LIMITS._replace(pids=9_000)),
     "descriptors": Attack(
-        "all descriptors, each looked at in /proc",
+        "all descriptors, each looked at in four directories of /proc",
         _DESCRIPTORS,
+        jobs=6,
         limits=LIMITS._replace(memory_bytes=2048 * MIB, cpu_percent=0),
     ),
     "memory": Attack("400 MiB of memory", _MEMORY, jobs=2),

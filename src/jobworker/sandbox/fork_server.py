@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from jobworker.errors import JobworkerError
-from jobworker.sandbox import channel
+from jobworker.sandbox import channel, reaper
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.log import log_exception
@@ -67,8 +67,10 @@ def start(
     """Clone the fork server, which answers calls on `sock`. Returns its pid and pidfd.
 
     `name` is what ps(1) shows. It keeps `sock` and the descriptors in `kept`, and closes all others
-    of the launcher. Raises OSError.
+    of the launcher. Raises OSError, and BlockingIOError while the launcher has a second thread.
     """
+    if reaper.is_running():
+        raise BlockingIOError(errno.EAGAIN, "the launcher's reaper is busy")
     pid, pidfd = sc.clone3(0)
     if pid == 0:
         _serve(name, sock, {**functions, "run": _run}, kept)

@@ -170,7 +170,7 @@ class ForkServer:
             self._end_unnamed(error.said or {})
             received = _failure(errno.EMFILE, "the launcher is out of descriptors"), []
         except (OSError, ProtocolError) as error:
-            log_line(f"the fork server is ended: {error}")
+            log_line(f"the {self._name} is ended: {error}")
             received = None
         if received is None:  # the fork server has ended, or is to end: `_replace` repeats the rest
             self._event_loop.unwatch(self._sock.fileno())
@@ -232,7 +232,7 @@ class ForkServer:
             return
         os.close(self._pidfd)
         self._pidfd = -1
-        log_line("the fork server has ended, and another one is made")
+        log_line(f"the {self._name} has ended, and another one is made")
         self._event_loop.call_with_retries(self._replace)
 
     def _replace(self) -> None:
@@ -268,8 +268,10 @@ class ForkServer:
     def _start_again(self) -> None:
         try:
             self._start()
+        except BlockingIOError:  # the reaper is busy for a moment
+            self._event_loop.call_later(AGAIN_SECONDS, self._start_again)
         except OSError as error:
-            log_line(f"cannot make a fork server, and tries again: {error}")
+            log_line(f"cannot make a {self._name}, and tries again: {error}")
             self._event_loop.call_later(AGAIN_SECONDS, self._start_again)
 
     def _look(self) -> None:
@@ -279,7 +281,7 @@ class ForkServer:
         self._event_loop.call_later(LOOK_SECONDS, self._look)
         self._looks += 1
         if self._looks * LOOK_SECONDS > MOST_SECONDS:
-            log_line(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
+            log_line(f"the {self._name} answers nothing for {MOST_SECONDS:.0f} s, and is killed")
             self._looks = 0
             self._kill()
 
@@ -336,7 +338,7 @@ def _failure(code: int, detail: str) -> Message:
 
 
 def _children() -> set[int]:
-    """The pids of all children of this process, which has one thread: proc_pid_children(5)."""
+    """The pids of all children of this thread, which makes them all: proc_pid_children(5)."""
     with open("/proc/thread-self/children", encoding="ascii") as file:
         return set(map(int, file.read().split()))
 

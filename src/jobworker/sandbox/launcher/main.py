@@ -1,10 +1,11 @@
 """The launcher: the process that starts, watches and ends jobs with root's rights.
 
-Root starts it. It has one thread and uses the standard library alone. Its only input is the policy,
-once, and then the requests of `sandbox.protocol.operations`. Either a service starts it before the
-service drops its privileges, and then the launcher ends with the service; or it runs on its own and
-outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds the
-jobs' root and little else, and then runs `sandbox.launcher.loop`.
+Root starts it. It has one thread, beside one that reaps (`sandbox.reaper`), and uses the standard
+library alone. Its only input is the policy, once, and then the requests of
+`sandbox.protocol.operations`. Either a service starts it before the service drops its privileges,
+and then the launcher ends with the service; or it runs on its own and outlives services. It opens
+what it needs by descriptor, moves into a mount namespace that holds the jobs' root and little else,
+and then runs `sandbox.launcher.loop`.
 
 What must hold: nothing is imported after the move, since Python's files cannot be reached then.
 """

@@ -1,11 +1,9 @@
-"""Reaps the first processes of ended jobs a second after their exit status was read.
+"""Has the first processes of ended jobs reaped, a second after their exit status was read.
 
-When a process is reaped by waitid(2), the kernel drops the entries of /proc for it. A job can make
-that slow: after it had looked up 20,000 descriptors in /proc/1/fd, it took 30 ms. But the job's own
-/proc goes with its mounts, mostly within a moment after its last process has ended, and then no
-entries are left. If it is not gone after the delay, the job's limit on open files bounds the time.
-A process that has ended and is not reaped takes a pid and nothing else: its control group can be
-removed.
+Reaping takes long if somebody has looked up many names below the process's /proc, so a thread does
+it (`sandbox.reaper`). The job's own /proc mostly goes with its mounts, within a moment after its
+last process has ended; then few names are left after the delay. A process that has ended and is not
+reaped takes a pid and nothing else: its control group can be removed.
 
 Standard library only.
 """
@@ -14,6 +12,7 @@ import os
 import time
 from collections import deque
 
+from jobworker.sandbox import reaper
 from jobworker.sandbox.event_loop import EventLoop
 
 COLLECT_SECONDS = 1.0
@@ -27,10 +26,10 @@ class Zombies:
         self._ended: deque[tuple[float, int]] = deque()
 
     def add(self, pidfd: int) -> None:
-        """Reap this process in `COLLECT_SECONDS`. The caller keeps its descriptor."""
+        """Have this process reaped in `COLLECT_SECONDS`. The caller keeps its descriptor."""
         try:
             own = os.dup(pidfd)
-        except OSError:  # no descriptor is left: reap it at once
+        except OSError:  # no descriptor is left: reap it at once, in this thread
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             return
         self._ended.append((time.monotonic() + COLLECT_SECONDS, own))
@@ -39,9 +38,10 @@ class Zombies:
 
     def _collect(self) -> None:
         now = time.monotonic()
-        while self._ended and self._ended[0][0] <= now:
-            _, pidfd = self._ended.popleft()
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-            os.close(pidfd)
+        due = [pidfd for when, pidfd in self._ended if when <= now]
+        if due and reaper.start(due):
+            for _ in due:
+                self._ended.popleft()
         if self._ended:
-            self._event_loop.call_later(self._ended[0][0] - now, self._collect)
+            wait = self._ended[0][0] - now
+            self._event_loop.call_later(wait if wait > 0 else COLLECT_SECONDS, self._collect)

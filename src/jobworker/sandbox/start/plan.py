@@ -123,8 +123,8 @@ that containers commonly get, without NET_RAW and MKNOD."""
 
 RESOURCE_LIMITS = (
     s.SetResourceLimit("RLIMIT_CORE", 0, 0),
-    # When the launcher reaps the first process, the kernel drops its entries of /proc/1/fd. So this
-    # bounds how long the launcher waits: see `sandbox.launcher.zombies`.
+    # When the first process is reaped, the kernel drops its entries of /proc/1/fd. So this is one
+    # bound on how long that takes: see `sandbox.reaper`.
     s.SetResourceLimit("RLIMIT_NOFILE", 1024, 65_536),
     s.SetResourceLimit("RLIMIT_MEMLOCK", 8 << 20, 8 << 20),
     s.SetResourceLimit("RLIMIT_MSGQUEUE", 819_200, 819_200),
