@@ -1,4 +1,4 @@
-"""Which names runtimes and volumes may have, and where in a job's root a volume may be mounted.
+"""Names of runtimes and volumes, places of volumes in a job's root, and bounds on sizes.
 
 Pure, standard library only: the service checks the requests of clients with these functions, and
 the launcher checks the requests of the service with them again.
@@ -8,6 +8,9 @@ import re
 
 MIN_DISK_BYTES = 16 << 20
 """16 MiB, the smallest disk or volume that a job may ask for."""
+MIN_MEMORY_BYTES = 4 << 20
+"""The smallest memory limit. A new job has some 230 KB of memory before it has its limit: with less
+room the kernel reclaims for as long as the launcher writes the limit."""
 MAX_DISK_BYTES = 1 << 44
 """16 TiB, the largest ext4 with 32-bit block numbers, at blocks of 4 KiB."""
 MAX_VOLUMES = 16

@@ -199,7 +199,6 @@ def test_job_runs_and_is_cleared_away(service: Service) -> None:
     [
         ({"workdir": "/nosuch"}, "change-directory"),
         ({"arguments": ["nosuch"]}, "execute"),
-        ({"memory_bytes": 1}, "limits"),
         ({"pids": 1 << 50}, "limits"),
     ],
 )

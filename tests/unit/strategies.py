@@ -16,7 +16,6 @@ from jobworker.model.job import (
     MAX_PROCESSES,
     MAX_TIMEOUT_SECONDS,
     MIN_IO_BPS,
-    MIN_MEMORY_BYTES,
     JobId,
     JobRecord,
     JobSpec,
@@ -27,7 +26,7 @@ from jobworker.model.job import (
 )
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.volumes import VolumeMount
-from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, NAME_PATTERN
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, MIN_MEMORY_BYTES, NAME_PATTERN
 
 examples = partial(settings, derandomize=True, deadline=None, database=None)
 """Settings of a property: the same examples in every run, however slow the machine."""

@@ -21,7 +21,7 @@ from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 from jobworker.model.volumes import VolumeMount, check_mounts
-from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, MIN_MEMORY_BYTES, name_fault
 
 JobId = NewType("JobId", int)
 
@@ -32,7 +32,6 @@ MAX_ARGUMENTS_BYTES = 1 << 20
 MAX_ARGUMENTS = 16_384
 MAX_VARIABLES = 49_152
 """Both environments together. The launcher checks them all in one turn of its loop."""
-MIN_MEMORY_BYTES = 4 << 20
 MAX_MEMORY_BYTES = 1 << 50
 MAX_CPU_PERCENT = 100 * 8192
 MIN_IO_BPS = 4096

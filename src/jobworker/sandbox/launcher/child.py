@@ -113,8 +113,9 @@ class Child:
         how many such processes have ended."""
         self.end_is_known = False
         """Whether all of its end is known, lost writes included."""
-        self.doomed = False
-        """It was killed or has ended, so its slot is about to become free."""
+        self.doomed = self.was_killed = False
+        """`doomed`: it was killed or has ended, so its slot is about to become free. `was_killed`:
+        the launcher has killed it."""
         self.final_want: Want = ""
         """The result of `want` at its end."""
         self.final_usage: ScopeUsage | None = None

@@ -25,7 +25,7 @@ from jobworker.sandbox.launcher.child_messages import ChildMessages
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.oom_watch import OomWatch
-from jobworker.sandbox.launcher.reports import Tell, how_ended, measured, since_end
+from jobworker.sandbox.launcher.reports import DIED, Tell, how_ended, measured, since_end
 from jobworker.sandbox.launcher.volume_losses import VolumeLosses
 from jobworker.sandbox.launcher.walls import Walls
 from jobworker.sandbox.launcher.zombies import Zombies
@@ -115,7 +115,8 @@ class Ends:
         if child.request is not None:
             self._on_start_failed(child)
         elif child.job is None:
-            if child.failure is not None and child.order >= 0:  # a spare without an order
+            is_spare = child.order >= 0  # it has no order
+            if is_spare and child.failure and not (child.was_killed and child.failure is DIED):
                 log_line(f"a spare failed: {child.failure}")
             self._jobs.forget(child)
         else:

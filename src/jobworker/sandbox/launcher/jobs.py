@@ -120,7 +120,7 @@ class Jobs:
         """Send SIGKILL to all processes of a child, unless its first process has ended."""
         if child.exit is not None:
             return
-        child.doomed = True
+        child.doomed = child.was_killed = True
         if child.pidfd >= 0:  # else it is killed as soon as it is made
             # When the first process dies, the kernel kills its PID namespace. The kill of the
             # scope also reaches processes that have not entered that namespace yet.

@@ -19,6 +19,7 @@ from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,
     MIN_DISK_BYTES,
+    MIN_MEMORY_BYTES,
     name_fault,
     place_fault,
 )
@@ -256,9 +257,12 @@ def _volumes(value: object) -> tuple[tuple[str, str], ...]:
 
 
 def _limits(message: f.Object) -> ScopeLimits:
+    memory = _number(message, "memory_bytes")
+    if 0 < memory < MIN_MEMORY_BYTES:
+        raise f.Malformed("memory_bytes is too small for a job")
     return ScopeLimits(
         cpu_percent=_number(message, "cpu_percent"),
-        memory_bytes=_number(message, "memory_bytes"),
+        memory_bytes=memory,
         io_bps=_number(message, "io_bps"),
         pids=_number(message, "pids"),
         cores=_cores(message.get("cores")),

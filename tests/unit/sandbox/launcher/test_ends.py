@@ -15,6 +15,7 @@ from jobworker.sandbox.launcher.child import Child, ChildExit
 from jobworker.sandbox.launcher.child_messages import ChildMessages
 from jobworker.sandbox.launcher.ends import Ends
 from jobworker.sandbox.launcher.jobs import Jobs
+from jobworker.sandbox.launcher.reports import DIED
 from jobworker.sandbox.launcher.walls import Walls
 
 from .conftest import QuietPool, StartChild, new_child, pass_turns_until
@@ -119,6 +120,20 @@ def test_spare_that_ends_tells_nobody(
     assert not taken.told
     assert not taken.failed
     assert "a spare failed" in capfd.readouterr().err
+    os.close(child.order)
+
+
+def test_spare_that_the_launcher_has_killed_has_not_failed(
+    taken: Taken, start_child: StartChild, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = start_child("sleep", "100")
+    taken.jobs.add(child)
+    child.order = os.memfd_create("order", os.MFD_CLOEXEC)
+    taken.watch(child)
+    taken.jobs.kill(child)
+    taken.pass_turns_until_clearing(child)
+    assert child.failure is None or child.failure is DIED
+    assert "a spare failed" not in capfd.readouterr().err
     os.close(child.order)
 
 

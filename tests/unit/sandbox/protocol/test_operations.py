@@ -19,11 +19,11 @@ from jobworker.sandbox.protocol.fields import Malformed
 from jobworker.sandbox.start.plan import Order
 
 ORDER = Order("job-3", ("sh", "-c", ""), {"A": "b"}, "/tmp", volumes=(("data", "/data"),))
-LIMITS = ScopeLimits(100, 1 << 20, 0, 5, "0-1")
+LIMITS = ScopeLimits(100, 4 << 20, 0, 5, "0-1")
 START = (
     '"hostname":"job-3","arguments":["sh","-c",""],"environment":{"A":"b"},"workdir":"/tmp",'
     '"network":"host","uid":0,"gid":0,"disk_bytes":0,"runtime":"","volumes":[["data","/data"]],'
-    '"init":false,"cpu_percent":100,"memory_bytes":1048576,"io_bps":0,"pids":5,"cores":"0-1"'
+    '"init":false,"cpu_percent":100,"memory_bytes":4194304,"io_bps":0,"pids":5,"cores":"0-1"'
 )
 REQUESTS: list[tuple[q.Request, str]] = [
     (q.Hello(2), '"op":"hello","protocol":2'),

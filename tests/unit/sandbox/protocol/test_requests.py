@@ -13,7 +13,13 @@ from jobworker.sandbox.protocol import requests as r
 from jobworker.sandbox.protocol.end_requests import CAUSES, EndRequest
 from jobworker.sandbox.protocol.operations import parse
 from jobworker.sandbox.start.plan import Order
-from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
+from jobworker.storage import (
+    MAX_DISK_BYTES,
+    MIN_DISK_BYTES,
+    MIN_MEMORY_BYTES,
+    name_fault,
+    place_fault,
+)
 
 from ...strategies import any_text, examples, plain_values
 
@@ -30,7 +36,7 @@ SPAWN: dict[str, object] = {
     "gid": 0,
     "init": False,
     "cpu_percent": 100,
-    "memory_bytes": 1 << 20,
+    "memory_bytes": 4 << 20,
     "io_bps": 0,
     "disk_bytes": 0,
     "runtime": "",
@@ -56,7 +62,7 @@ def spawn(**fields: object) -> r.Spawn:
 def test_spawn_is_taken_as_it_stands() -> None:
     environment = {"A": "b", "EMPTY": ""}
     order = Order("job-3", ("sh", "-c", ""), environment, "")
-    assert spawn() == r.Spawn(3, order, ScopeLimits(100, 1 << 20, 0, 5))
+    assert spawn() == r.Spawn(3, order, ScopeLimits(100, 4 << 20, 0, 5))
     assert spawn(workdir="/tmp").order.workdir == "/tmp"
 
 
@@ -119,6 +125,12 @@ def test_bounds_of_numbers_are_taken() -> None:
     parse({**SPAWN, **dict.fromkeys(NUMBERS, r.MAX_NUMBER)})
     parse({**SPAWN, **dict.fromkeys(NUMBERS, 0), "job": 1})
     assert "job is no integer from 1" in refused({**SPAWN, "job": 0})
+
+
+@pytest.mark.parametrize("size", [1, MIN_MEMORY_BYTES - 1])
+def test_memory_limit_below_what_a_new_job_has_is_refused(size: int) -> None:
+    assert "memory_bytes is too small for a job" in refused({**SPAWN, "memory_bytes": size})
+    assert spawn(memory_bytes=MIN_MEMORY_BYTES).limits.memory_bytes == MIN_MEMORY_BYTES
 
 
 @pytest.mark.parametrize("key", ["uid", "gid"])
