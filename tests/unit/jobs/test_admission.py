@@ -5,21 +5,33 @@ import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import trio
 import trio.lowlevel
 import trio.testing
+from attrs import evolve
 
-from jobworker.errors import InternalError
+from jobworker.errors import Busy, InternalError, OutputError
+from jobworker.jobs import secrets
+from jobworker.jobs.execution import Execution
+from jobworker.jobs.inheritance import EndedJob, RunningJob, Takeover, WaitingJob
 from jobworker.jobs.leftovers import refused_of
-from jobworker.model.job import JobId, JobSpec
+from jobworker.jobs.output.spool import Spool
+from jobworker.model.job import JobId, JobSpec, Stream
+from jobworker.model.lifecycle import State
+from jobworker.sandbox.service.job_ends import Started
+from jobworker.sandbox.service.job_reports import JobExit
 
+from ..strategies import record
 from .failing_disks import Disks, HistoryFault
 from .kept_launcher import KeptLauncher, Manner
+from .output.written_logs import append
 from .played_program import Behaviour, Start
 from .played_service import PlayedService
+from .supervised import SlowFirst, spec, supervising
 from .told import Told
 
 SPEC = JobSpec(command=("request",), name="request", timeout_seconds=0)
@@ -132,3 +144,222 @@ async def test_note_of_a_refusal_is_found_beside_the_output_and_in_the_mark_of_i
         assert refused_of(spools, [JobId(1), JobId(2)]) == {1}
         (spools / "1").rename(spools / "1.removed")
         assert refused_of(spools, [JobId(1), JobId(2)]) == {1}
+
+
+async def test_job_admitted_at_once_is_not_overtaken_while_its_output_is_made_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowFirst(Spool.create)
+    monkeypatch.setattr(Spool, "create", slow)
+    admitted: dict[str, Execution] = {}
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+
+        async def submit(name: str) -> None:
+            admitted[name] = await supervisor.submit(spec(name), "alice")
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(submit, "first")
+                await trio.to_thread.run_sync(slow.begun.wait)
+                await submit("second")
+                assert admitted["second"].record.state is State.PENDING
+                slow.may.set()
+            assert link.spawned == [1]
+            assert admitted["first"].record.state is State.RUNNING
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
+            while link.spawned != [1, 2]:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            link.finish(JobId(2))
+            await supervisor.wait(JobId(2))
+    assert {record.state for record in history.records.values()} == {State.COMPLETED}
+
+
+async def test_secrets_of_a_job_whose_output_is_being_made_ready_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowFirst(Spool.create)
+    monkeypatch.setattr(Spool, "create", slow)
+    secret = {f"S{number}": "x" * 100_000 for number in range(9)}
+    request = JobSpec(command=("true",), secret_environment=secret)
+    refused: list[Busy] = []
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+
+        async def submit() -> None:
+            try:
+                await supervisor.submit(request, "alice")
+            except Busy as busy:
+                refused.append(busy)
+                slow.may.set()
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(submit)  # it waits for its output
+                await trio.to_thread.run_sync(slow.begun.wait)
+                monkeypatch.setattr(secrets, "MAX_OWNER_BYTES", 1 << 20)
+                nursery.start_soon(submit)
+                with trio.move_on_after(5):
+                    await trio.to_thread.run_sync(slow.may.wait, 5)
+                slow.may.set()
+            assert [("your waiting jobs" in busy.message) for busy in refused] == [True]
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
+
+
+async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1").write_text("in the way")
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        with trio.fail_after(20):
+            with pytest.raises(Exception, match="cannot create the job's output"):
+                await supervisor.submit(spec("first"), "alice")
+            second = await supervisor.submit(spec("second"), "alice")
+            assert second.record.state is State.RUNNING
+            link.finish(JobId(2))
+            await supervisor.wait(JobId(2))
+
+
+async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(
+    tmp_path: Path,
+) -> None:
+    """That of a job that goes on, and that of one whose end has to be recorded still."""
+    spools = [Spool.create(tmp_path / name) for name in ("1", "2")]
+    for spool, size in zip(spools, (1000, 9000), strict=True):
+        append(spool, Stream.STDOUT, b"x" * size)
+    await spools[1].seal()
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    _send, exits = trio.open_memory_channel[JobExit](1)
+    started = Started(pid=1, stdout=out, stderr=err)
+    taken = Takeover(
+        running=[RunningJob(record(1, State.RUNNING), spools[0], started, exits)],
+        ended=[EndedJob(record(2), spools[1])],
+    )
+    async with supervising(tmp_path, max_running=2, inheritance=taken) as (supervisor, _, history):
+        budget = supervisor._archive.budget
+        with trio.fail_after(20):
+            while JobId(2) not in history.records:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        there = [
+            sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("1", "2")
+        ]
+        assert [budget.live_bytes, budget.kept_bytes] == there
+    os.close(out_write)
+    os.close(err_write)
+
+
+async def test_waiting_job_whose_stop_an_earlier_service_was_asked_for_waits_for_no_place(
+    tmp_path: Path,
+) -> None:
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    _send, exits = trio.open_memory_channel[JobExit](1)
+    started = Started(pid=1, stdout=out, stderr=err)
+    stopped = record(2, State.PENDING, stop_requested_at=datetime.now(UTC))
+    waits = record(3, State.PENDING)
+    taken = Takeover(
+        running=[
+            RunningJob(record(1, State.RUNNING), Spool.create(tmp_path / "1"), started, exits)
+        ],
+        waiting=[
+            WaitingJob(each, Spool.create(tmp_path / str(each.id))) for each in (stopped, waits)
+        ],
+    )
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, link, _):
+        with trio.fail_after(20):
+            ended = await supervisor.wait(JobId(2))
+        assert ended == evolve(stopped, state=State.STOPPED, ended_at=ended.ended_at)
+        assert [(await supervisor.record(JobId(job))).state for job in (1, 3)] == [
+            State.RUNNING,
+            State.PENDING,
+        ]
+        assert link.spawned == []
+    os.close(out_write)
+    os.close(err_write)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize(("max_running", "exits"), [(0, False), (1, False), (1, True)])
+async def test_job_that_is_refused_while_the_service_ends_is_taken_back(
+    tmp_path: Path, leaves: bool, max_running: int, exits: bool
+) -> None:
+    """It waits, runs already, or has exited; its client is told that there is no such job."""
+    async with supervising(tmp_path, max_running=max_running) as (supervisor, link, history):
+        history.held, history.slow = trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def submit() -> None:
+                with pytest.raises(InternalError, match="locked the history"):
+                    await supervisor.submit(spec("refused"), "alice")
+
+            nursery.start_soon(submit)
+            while supervisor.live(JobId(1)) is None:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            refused = supervisor.live(JobId(1))
+            assert refused is not None
+            if max_running:
+                while not link.spawned:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            if exits:
+                link.finish(JobId(1))
+            nursery.start_soon(supervisor.leave if leaves else lambda: supervisor.shut_down(5))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            history.held.set()
+            try:
+                with trio.fail_after(20):
+                    while max_running and not link.removed:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+            finally:  # not before the launcher was told
+                history.slow.set()
+        with trio.fail_after(20):
+            await refused.forgotten.wait()
+    assert set(link.removed) == {JobId(1)} if max_running else not link.removed
+    assert history.records == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_job_that_was_refused_is_removed_though_it_cannot_be_killed_in_time(
+    tmp_path: Path,
+) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        history.held = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def submit() -> None:
+                with pytest.raises(InternalError, match="locked the history"):
+                    await supervisor.submit(spec("stuck"), "alice")
+
+            nursery.start_soon(submit)
+            while not link.spawned:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            link.silent = True
+            history.held.set()
+        execution = supervisor.live(JobId(1))
+        assert execution is not None
+        await supervisor.leave()
+        with trio.fail_after(20):
+            await execution.forgotten.wait()
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert link.removed == [JobId(1)]
+    assert history.records == {}
+    assert list(tmp_path.iterdir()) == []
+    for pipe in pipes:
+        os.close(pipe)
+
+
+async def test_what_stands_in_the_place_of_output_stays_though_the_job_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("jobworker.jobs.admission.make_note", refuse)
+    async with supervising(tmp_path, max_running=1) as (supervisor, _, _):
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "kept").write_text("another's")
+        for _ in range(2):
+            with pytest.raises(OutputError, match="the disk is full"):
+                await supervisor.submit(spec("refused"), "alice")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"1", "1/kept"}

@@ -1,0 +1,216 @@
+"""A job's output on disk: no byte is lost by a crash or a full disk."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from jobworker.errors import OutputError
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.index import RECORD, LogChunk, ReadFilter
+from jobworker.model.job import Stream
+
+from .written_logs import (
+    ERR,
+    MERGED,
+    OUT,
+    PIECES,
+    Clock,
+    append,
+    file_size_limit,
+    joined,
+    log_as_told,
+    no_descriptor_leaks,
+    read_all,
+    written,
+)
+
+__all__ = ["no_descriptor_leaks"]
+
+
+def test_an_empty_pipe_is_not_its_end(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()  # blocking ends: splice must not wait all the same
+    with written(tmp_path / "job") as files:
+        with pytest.raises(BlockingIOError):
+            files.append_from_pipe(OUT, read_end, 100)
+        os.close(write_end)
+        assert files.append_from_pipe(OUT, read_end, 100) == 0
+        os.close(read_end)
+        assert files.last.size == len(MERGED)
+
+
+def test_what_a_full_disk_refuses_stays_in_the_pipe(tmp_path: Path) -> None:
+    data = random.Random(2).randbytes(10_000)
+    read_end, write_end = os.pipe()
+    os.write(write_end, data)
+    os.close(write_end)
+    files = OutputFiles.create(tmp_path / "job")
+    with file_size_limit(6_000):
+        assert files.append_from_pipe(OUT, read_end, 20_000) == 6_000
+        with pytest.raises(OutputError, match="cannot write the job's output: File too large"):
+            files.append_from_pipe(OUT, read_end, 20_000)
+    assert joined(read_all(files)) == data[:6_000]
+    assert files.append_from_pipe(OUT, read_end, 20_000) == 4_000
+    assert joined(read_all(files)) == data
+    os.close(read_end)
+    files.close()
+
+
+def test_bytes_whose_record_was_refused_are_in_the_log_and_recorded_later(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"abcdef")
+    files = OutputFiles.create(tmp_path / "job")
+    with file_size_limit(2 * RECORD.size + 5):  # the third record is torn
+        assert files.append_from_pipe(OUT, read_end, 1) == 1
+        assert files.append_from_pipe(ERR, read_end, 1) == 1
+        for _ in range(2):
+            with pytest.raises(OutputError):
+                files.append_from_pipe(OUT, read_end, 1)
+        assert files.last.size == files.written_bytes == 3
+        assert joined(read_all(files)) == b"abc"
+        files.seal()  # the disk refuses that too
+        assert files.sealed
+        assert joined(read_all(files)) == b"abc"
+    assert (tmp_path / "job" / "index").stat().st_size == 2 * RECORD.size + 5
+    files.close()
+    files = OutputFiles.open(tmp_path / "job")
+    assert not files.sealed
+    assert joined(read_all(files)) == b"abc"
+    assert files.append_from_pipe(ERR, read_end, 10) == 3
+    assert joined(read_all(files), ERR) == b"bdef"
+    for fd in (read_end, write_end):
+        os.close(fd)
+    files.close()
+
+
+@pytest.mark.parametrize("number", range(len(PIECES)))
+def test_log_whose_last_record_was_refused_is_the_same_after_a_crash(
+    tmp_path: Path, number: int
+) -> None:
+    files = OutputFiles.create(tmp_path / "job", clock=Clock())
+    with file_size_limit(number * RECORD.size + 5):
+        for stream, data in PIECES[:number]:
+            append(files, stream, data)
+        with pytest.raises(OutputError):
+            append(files, *PIECES[number])
+        told = log_as_told(files)
+    files.close()
+    assert [piece for _, *piece in told] == [list(piece) for piece in PIECES[: number + 1]]
+    ended = OutputFiles.open_ended(tmp_path / "job")
+    assert log_as_told(ended) == told
+    ended.close()
+    files = OutputFiles.open(tmp_path / "job")
+    assert log_as_told(files) == told
+    files.close()
+
+
+def test_full_disk_at_the_opening_loses_nothing(tmp_path: Path) -> None:
+    files = OutputFiles.create(tmp_path / "job")
+    append(files, OUT, b"seen")
+    files.close()
+    with (tmp_path / "job" / "stdout").open("ab") as data:
+        data.write(b" unrecorded")
+    with file_size_limit(RECORD.size):
+        files = OutputFiles.open(tmp_path / "job")
+        assert joined(read_all(files)) == b"seen unrecorded"
+        with pytest.raises(OutputError):
+            append(files, OUT, b" more")
+        assert joined(read_all(files)) == b"seen unrecorded"
+    append(files, OUT, b" more")
+    assert joined(read_all(files)) == b"seen unrecorded more"
+    files.close()
+
+
+def test_a_damaged_index_is_an_error(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        files.seal()
+    raw = bytearray((tmp_path / "job" / "index").read_bytes())
+    raw[RECORD.size : 2 * RECORD.size] = bytes(RECORD.size)
+    (tmp_path / "job" / "index").write_bytes(raw)
+    files = OutputFiles.open(tmp_path / "job")
+    with pytest.raises(OutputError, match="record 1 does not follow record 0"):
+        read_all(files)
+    files.close()
+
+
+def reopen(directory: Path) -> tuple[bool, list[LogChunk], dict[Stream, bytes]]:
+    """Recover, write on, and seal; what stands in the log, and in its files before that."""
+    kept = {stream: (directory / stream.name.lower()).read_bytes() for stream in Stream}
+    files = OutputFiles.open(directory)
+    was_sealed = files.sealed
+    chunks = read_all(files, view=ReadFilter(coalesce=False))
+    if not was_sealed:
+        append(files, OUT, b"more")
+        assert joined(read_all(files), OUT) == kept[OUT] + b"more"
+        files.seal()
+    files.close()
+    again = OutputFiles.open(directory)
+    assert again.sealed
+    assert again.last == files.last
+    again.close()
+    return was_sealed, chunks, kept
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("discarded", [0, 9])
+def test_every_cut_of_the_index_recovers_every_byte(
+    tmp_path: Path, sealed: bool, discarded: int
+) -> None:
+    with written(tmp_path / "model") as files:
+        if discarded:
+            files.count_discarded(discarded)
+        if sealed:
+            files.seal()
+    index = (tmp_path / "model" / "index").read_bytes()
+    streams = {s: b"".join(data for each, data in PIECES if each is s) for s in Stream}
+    for cut in range(len(index) + 1):
+        job = tmp_path / f"cut{cut}"
+        job.mkdir()
+        for stream in Stream:
+            (job / stream.name.lower()).write_bytes(streams[stream])
+        (job / "index").write_bytes(index[:cut])
+        was_sealed, chunks, _ = reopen(job)
+        assert was_sealed == (sealed and cut == len(index))
+        for stream in Stream:
+            assert joined(chunks, stream) == streams[stream]
+        whole = min(cut // RECORD.size, len(PIECES))
+        intact = [(chunk.stream, chunk.data) for chunk in chunks][:whole]
+        assert intact == PIECES[:whole]
+
+
+@pytest.mark.parametrize("stream", list(Stream))
+@pytest.mark.parametrize("sealed", [False, True])
+def test_every_cut_of_the_data_recovers_what_is_left(
+    tmp_path: Path, stream: Stream, sealed: bool
+) -> None:
+    with written(tmp_path / "model") as files:
+        if sealed:
+            files.seal()
+    contents = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    name = stream.name.lower()
+    for cut in range(len(contents[name]) + 1):
+        job = tmp_path / f"cut{cut}"
+        job.mkdir()
+        for each, content in contents.items():
+            (job / each).write_bytes(content[:cut] if each == name else content)
+        was_sealed, chunks, kept = reopen(job)
+        assert was_sealed == (sealed and cut == len(contents[name]))
+        for each_stream in Stream:
+            assert joined(chunks, each_stream) == kept[each_stream]
+
+
+def test_that_output_was_discarded_survives_the_process(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        for count in (5, 4, 1, 3):
+            files.count_discarded(count)
+    files = OutputFiles.open(tmp_path / "job")
+    assert files.discarded_bytes == 10  # recorded whenever it doubles; the sum, when sealed
+    files.count_discarded(2)
+    files.seal()
+    files.close()
+    files = OutputFiles.open(tmp_path / "job")
+    assert files.sealed
+    assert files.discarded_bytes == 12
+    assert joined(read_all(files)) == MERGED
+    files.close()
