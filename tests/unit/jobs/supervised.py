@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
-from jobworker.errors import InternalError, LauncherSilent, SandboxError
+from jobworker.errors import InternalError, LauncherSilent, NotFound, SandboxError
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.history.search import Filter, Page
@@ -25,7 +26,7 @@ from jobworker.jobs.rules import Clock, Rules
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.job_reports import JobExit
+from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit
 from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
@@ -44,6 +45,8 @@ class FakeLink:
 
     spawned: list[JobId] = Factory(list)
     removed: list[JobId] = Factory(list)
+    killed: dict[JobId, float] = Factory(dict)
+    """When each job was killed, by Trio's clock."""
     silent: bool = False
     given_up: bool = False
     keeps_asks: bool = True
@@ -56,7 +59,10 @@ class FakeLink:
     forgets_nothing: bool = False
     """Whether a request to remove a job fails once this was given up."""
     let_go: trio.Event = Factory(trio.Event)
+    used: Usage | None = None
+    """What each job uses now; None if the launcher refuses to tell."""
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[JobExit], list[int]]] = Factory(dict)
+    _notices: dict[JobId, trio.MemorySendChannel[str]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
         await trio.lowlevel.checkpoint()
@@ -65,11 +71,30 @@ class FakeLink:
                 await self.let_go.wait()
             data = {} if self.sends else {"sent": False}
             raise LauncherSilent("cannot tell what becomes of the request", data=data)
+        self.spawned.append(job)
+        return self.begin(job)
+
+    def begin(
+        self, job: JobId, *, asked: EarlierEndRequest | None = None, seconds_ago: float = 0
+    ) -> tuple[Started, Exits]:
+        """Have a job run since so many seconds, with what an earlier service has asked for."""
         send, receive = trio.open_memory_channel[JobExit](1)
+        self._notices[job], notices = trio.open_memory_channel[str](8)
         (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
         self._jobs[job] = send, [out_write, err_write]
-        self.spawned.append(job)
-        return Started(pid=1, stdout=out, stderr=err), receive
+        since = time.monotonic() - seconds_ago
+        started = Started(pid=1, stdout=out, stderr=err, since=since, notices=notices, asked=asked)
+        return started, receive
+
+    def notify(self, job: JobId, words: str) -> None:
+        """Tell something about a running job."""
+        self._notices[job].send_nowait(words)
+
+    async def usage(self, _: JobId) -> Usage:
+        await trio.lowlevel.checkpoint()
+        if self.used is None:
+            raise NotFound("no such job")
+        return self.used
 
     def write(self, job: JobId, data: bytes) -> None:
         """Have a job write to both of its streams."""
@@ -86,6 +111,7 @@ class FakeLink:
     ) -> list[int]:
         """Have a job exit with 0, or end by a signal: the ends of its pipes that somebody keeps."""
         send, pipes = self._jobs.pop(job)
+        self._notices.pop(job).close()
         while pipes and not keep_pipes:
             os.close(pipes.pop())
         code = 0 if signal is None else None
@@ -113,6 +139,7 @@ class FakeLink:
         await trio.lowlevel.checkpoint()
         if self.given_up or self.silent:
             raise LauncherSilent("cannot tell what becomes of the request")
+        self.killed[job] = trio.current_time()
         self.finish(job, signal=signal.SIGKILL)
 
     async def remove(self, job: JobId) -> None:
@@ -187,8 +214,9 @@ async def supervising(
     max_waiting: int = 100,
     clock: Clock = lambda: datetime.now(UTC),
     inheritance: Takeover | None = None,
+    link: FakeLink | None = None,
 ) -> AsyncIterator[tuple[Supervisor, FakeLink, FakeHistory]]:
-    link, history = FakeLink(), FakeHistory()
+    link, history = link or FakeLink(), FakeHistory()
     archive = Archive(
         spools=spools,
         history=history,  # type: ignore[arg-type]
