@@ -27,6 +27,7 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
 from jobworker.sandbox.service.job_ends import Exits, Started
 from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit
+from jobworker.sandbox.start.plan import Order
 from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
@@ -47,6 +48,7 @@ class FakeLink:
     removed: list[JobId] = Factory(list)
     killed: dict[JobId, float] = Factory(dict)
     """When each job was killed, by Trio's clock."""
+    planned: list[Order] = Factory(list)
     silent: bool = False
     given_up: bool = False
     keeps_asks: bool = True
@@ -89,6 +91,11 @@ class FakeLink:
     def notify(self, job: JobId, words: str) -> None:
         """Tell something about a running job."""
         self._notices[job].send_nowait(words)
+
+    async def plan(self, order: Order, _: object) -> list[tuple[str, str, str]]:
+        await trio.lowlevel.checkpoint()
+        self.planned.append(order)
+        return [("step", "does", "something")]
 
     async def usage(self, _: JobId) -> Usage:
         await trio.lowlevel.checkpoint()
@@ -215,6 +222,7 @@ async def supervising(
     clock: Clock = lambda: datetime.now(UTC),
     inheritance: Takeover | None = None,
     link: FakeLink | None = None,
+    rules: Rules = RULES,
 ) -> AsyncIterator[tuple[Supervisor, FakeLink, FakeHistory]]:
     link, history = link or FakeLink(), FakeHistory()
     archive = Archive(
@@ -229,7 +237,7 @@ async def supervising(
         history=history,  # type: ignore[arg-type]
         archive=archive,
         spools=spools,
-        rules=RULES,
+        rules=rules,
         clock=clock,
         incidents=Incidents(),
         max_running=max_running,

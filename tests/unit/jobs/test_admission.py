@@ -1,5 +1,6 @@
 """A job whose client was told that there is none: it is none, whatever becomes of the service."""
 
+import math
 import os
 import shutil
 import signal
@@ -14,13 +15,22 @@ import trio.lowlevel
 import trio.testing
 from attrs import evolve
 
-from jobworker.errors import Busy, InternalError, OutputError
+from jobworker.errors import (
+    Busy,
+    InternalError,
+    LauncherSilent,
+    OutputError,
+    QuotaExceeded,
+    ShuttingDown,
+    TooLarge,
+)
 from jobworker.jobs import secrets
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.inheritance import EndedJob, RunningJob, Takeover, WaitingJob
 from jobworker.jobs.leftovers import refused_of
 from jobworker.jobs.output.spool import Spool
-from jobworker.model.job import JobId, JobSpec, Stream
+from jobworker.model.access import Quota
+from jobworker.model.job import JobId, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.service.job_ends import Started
 from jobworker.sandbox.service.job_reports import JobExit
@@ -31,7 +41,7 @@ from .kept_launcher import KeptLauncher, Manner
 from .output.written_logs import append
 from .played_program import Behaviour, Start
 from .played_service import PlayedService
-from .supervised import SlowFirst, spec, supervising
+from .supervised import RULES, FakeLink, SlowFirst, spec, supervising
 from .told import Told
 
 SPEC = JobSpec(command=("request",), name="request", timeout_seconds=0)
@@ -346,6 +356,177 @@ async def test_job_that_was_refused_is_removed_though_it_cannot_be_killed_in_tim
     assert list(tmp_path.iterdir()) == []
     for pipe in pipes:
         os.close(pipe)
+
+
+# --- what is refused before anything is made --------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_service_that_ends_admits_nothing(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, leaves: bool
+) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, _, history):
+        await (supervisor.leave() if leaves else supervisor.shut_down(0))
+        with pytest.raises(ShuttingDown):
+            await supervisor.submit(spec("late"), "alice")
+    assert (history.records, list(tmp_path.iterdir())) == ({}, [])
+
+
+async def test_nothing_is_admitted_while_the_launcher_is_silent(tmp_path: Path) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        link.silent = True
+        with pytest.raises(LauncherSilent):
+            await supervisor.submit(spec("job"), "alice")
+    assert (link.spawned, history.records, list(tmp_path.iterdir())) == ([], {}, [])
+
+
+async def test_job_whose_output_is_being_made_ready_counts_to_its_owner_s_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quota = SlowFirst(Spool.create), Quota(jobs=1)
+    monkeypatch.setattr(Spool, "create", slow)
+    async with supervising(tmp_path, max_running=3) as (supervisor, link, _):
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervisor.submit, spec("first"), "alice", quota)
+                assert await trio.to_thread.run_sync(slow.begun.wait, 20)
+                with pytest.raises(QuotaExceeded):
+                    await supervisor.submit(spec("second"), "alice", quota)
+                await supervisor.submit(spec("other"), "bob", quota)
+                slow.may.set()
+        finally:
+            slow.may.set()
+        for job in (1, 2):
+            link.finish(JobId(job))
+            await supervisor.wait(JobId(job))
+
+
+async def test_ended_job_that_the_launcher_has_still_counts_to_no_quota(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    quota = Quota(jobs=1)
+    async with supervising(tmp_path, max_running=3) as (supervisor, link, _):
+        await supervisor.submit(spec("first"), "alice", quota)
+        with pytest.raises(QuotaExceeded):
+            await supervisor.submit(spec("second"), "alice", quota)
+        link.refusals = 10**9
+        link.finish(JobId(1))
+        await supervisor.wait(JobId(1))
+        assert supervisor.live(JobId(1)) is not None
+        await supervisor.submit(spec("third"), "alice", quota)
+        link.refusals = 0
+        link.finish(JobId(2))
+        await supervisor.wait(JobId(2))
+
+
+# --- what a job is admitted with --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "longest", "expected"),
+    [
+        (None, 0, math.inf, 0),
+        (None, 0, 60, 60),
+        (None, 10, 60, 10),
+        (None, 100, 60, 60),
+        (None, 100, math.inf, 100),
+        (5, 100, 60, 5),
+    ],
+)
+async def test_job_that_names_no_time_limit_gets_the_shorter_of_default_and_longest(
+    tmp_path: Path, asked: float | None, default: float, longest: float, expected: float
+) -> None:
+    """0 is none, which is longer than any other."""
+    rules = evolve(RULES, timeout_seconds=default)
+    async with supervising(tmp_path, max_running=1, rules=rules) as (supervisor, link, _):
+        request = evolve(spec("job"), timeout_seconds=asked)
+        execution = await supervisor.submit(request, "alice", longest_seconds=longest)
+        assert execution.record.spec.timeout_seconds == expected
+        link.finish(JobId(1))
+        await supervisor.wait(JobId(1))
+
+
+async def test_plan_has_the_defaults_and_no_secrets_and_starts_nothing(tmp_path: Path) -> None:
+    rules = evolve(RULES, defaults=evolve(RULES.defaults, memory_bytes=1 << 30))
+    request = evolve(spec("job"), secret_environment={"TOKEN": "x"}, limits=Limits(processes=9))
+    async with supervising(tmp_path, max_running=1, rules=rules) as (supervisor, link, _):
+        limits, steps = await supervisor.plan(request)
+        assert (limits.memory_bytes, limits.processes) == (1 << 30, 9)
+        assert steps == [("step", "does", "something")]
+        assert "TOKEN" not in link.planned[0].environment
+        with pytest.raises(TooLarge):
+            await supervisor.plan(JobSpec(command=tuple(["x" * 100_000] * 30)))
+    assert (link.spawned, list(tmp_path.iterdir())) == ([], [])
+
+
+async def test_large_request_of_a_waiting_job_does_not_stay_in_memory(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    large = evolve(spec("large"), command=("true", "x" * 100_000))
+    async with supervising(tmp_path, max_running=0) as (supervisor, _, history):
+        execution = await supervisor.submit(large, "alice")
+        assert execution.record.abridged == ("command",)
+        assert history.records[JobId(1)].spec.command == large.command
+        await supervisor.stop(JobId(1), signal.SIGTERM, None)
+
+
+# --- disks that refuse ------------------------------------------------------------------------
+
+
+async def test_nothing_is_left_of_a_job_whose_note_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OutputError("cannot create the job's output: No space left on device")
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with monkeypatch.context() as patch:
+            patch.setattr("jobworker.jobs.admission.make_note", refuse)
+            with pytest.raises(OutputError, match="No space left"):
+                await supervisor.submit(spec("first"), "alice")
+        assert (list(tmp_path.iterdir()), history.records) == ([], {})
+        second = await supervisor.submit(spec("second"), "alice")
+        assert second.record.state is State.RUNNING
+        link.finish(JobId(2))
+        await supervisor.wait(JobId(2))
+
+
+async def test_refusal_that_no_disk_takes_the_note_of_is_told_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets the first error all the same."""
+
+    def refuse(*_: object) -> None:
+        raise OutputError("cannot write the job's output: Input/output error")
+
+    monkeypatch.setattr("jobworker.jobs.admission.note_refusal", refuse)
+    async with supervising(tmp_path, max_running=1) as (supervisor, _, history):
+        history.held = trio.Event()
+        history.held.set()
+        with pytest.raises(InternalError, match="locked the history"):
+            await supervisor.submit(spec("job"), "alice")
+    assert "job 1 is refused, and the disk refuses to note that" in caplog.text
+
+
+async def test_output_of_jobs_that_were_taken_over_counts_before_the_first_one_goes_on(
+    tmp_path: Path,
+) -> None:
+    spools = [Spool.create(tmp_path / name) for name in ("1", "2")]
+    for each in spools:
+        append(each, Stream.STDOUT, b"x" * 1000)
+    await spools[1].seal()
+    link = FakeLink()
+    running = RunningJob(record(1, State.RUNNING), spools[0], *link.begin(JobId(1)))
+    taken = Takeover(running=[running], ended=[EndedJob(record(2), spools[1])])
+    there = sum(each.written_bytes + each.index_bytes for each in spools)
+    async with supervising(tmp_path, max_running=2, inheritance=taken, link=link) as (
+        supervisor,
+        _,
+        __,
+    ):
+        assert supervisor._archive.budget.live_bytes == there > 2000
+        link.finish(JobId(1))
+        await supervisor.wait(JobId(1))
 
 
 async def test_what_stands_in_the_place_of_output_stays_though_the_job_is_refused(
