@@ -90,8 +90,8 @@ class OpenOutputs:
         Of these it closes the one that was read least recently (`Spool.shut_out`). Returns whether
         it closed one.
         """
-        # An output that was closed while a thread reads it keeps its descriptors until the thread is
-        # done, and its owner has lost it already.
+        # An output that was closed while a thread reads it keeps its descriptors until the thread
+        # is done. Its owner has lost it already.
         left = [each for each in self._owners if not (isinstance(each, Spool) and each.shut)]
         numbers = Counter(self._owners[each] for each in left)
         shown = [each for each in left if isinstance(each, Spool)]

@@ -2,13 +2,15 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobworker.errors import OutputError
+from jobworker.errors import Busy, OutputError
+from jobworker.jobs.output.file_reads import FileReads
 from jobworker.jobs.output.files import OutputFiles
-from jobworker.jobs.output.index import RECORD, LogChunk, ReadFilter
+from jobworker.jobs.output.index import RECORD, LogChunk, Place, ReadFilter
 from jobworker.model.job import Stream
 
 from .written_logs import (
@@ -213,4 +215,222 @@ def test_that_output_was_discarded_survives_the_process(tmp_path: Path) -> None:
     assert files.sealed
     assert files.discarded_bytes == 12
     assert joined(read_all(files)) == MERGED
+    files.close()
+
+
+# --- opened again -----------------------------------------------------------------------------
+
+
+def test_log_of_a_live_job_goes_on_before_its_seal(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        files.seal()
+        files.seal()
+        records = files.records
+    files = OutputFiles.open(tmp_path / "job", goes_on=True)
+    assert (files.sealed, files.records) == (False, records - 1)
+    assert (tmp_path / "job" / "index").stat().st_size == (records - 1) * RECORD.size
+    append(files, OUT, b"more")
+    assert joined(read_all(files)) == MERGED + b"more"
+    files.close()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"torn", b"torn" * 100, b"\x01" * 320, b"\x7f" * 320, b"\xff" * 320]
+)
+def test_garbage_at_the_end_of_the_index_is_cut_off(tmp_path: Path, garbage: bytes) -> None:
+    """Equal records look like seals of each other, whatever impossible lengths they tell of."""
+    with written(tmp_path / "job"):
+        pass
+    with (tmp_path / "job" / "index").open("ab") as file:
+        file.write(garbage)
+    for look in (OutputFiles.look_at, OutputFiles.open_ended):
+        files = look(tmp_path / "job")
+        assert joined(read_all(files)) == MERGED
+        files.close()
+    files = OutputFiles.open(tmp_path / "job")
+    files.count_discarded(5)
+    append(files, OUT, b"more")
+    files.seal()
+    counted = files.discarded_bytes
+    files.close()
+    files = OutputFiles.open(tmp_path / "job")
+    assert (files.sealed, files.discarded_bytes) == (True, counted)
+    assert joined(read_all(files)) == MERGED + b"more"
+    files.close()
+
+
+def test_torn_end_of_the_index_is_cut_off(tmp_path: Path) -> None:
+    with written(tmp_path / "job"):
+        pass
+    index = tmp_path / "job" / "index"
+    with index.open("ab") as file:
+        file.write(b"torn" * 9)
+    OutputFiles.open(tmp_path / "job").close()
+    assert index.stat().st_size == len(PIECES) * RECORD.size
+
+
+def test_bytes_without_a_record_have_the_time_of_their_file(tmp_path: Path) -> None:
+    with written(tmp_path / "job"):
+        pass
+    for name, when in (("stdout", 1000), ("stderr", 2000)):
+        with (tmp_path / "job" / name).open("ab") as file:
+            file.write(b"late")
+        os.utime(tmp_path / "job" / name, ns=(when, when))
+    for reopen_ in (OutputFiles.open_ended, OutputFiles.open):
+        files = reopen_(tmp_path / "job")
+        last = read_all(files, view=ReadFilter(coalesce=False))[-2:]
+        assert [(each.time_ns, each.stream, each.data) for each in last] == [
+            (1000, OUT, b"late"),
+            (2000, ERR, b"late"),
+        ]
+        files.close()
+
+
+def test_lost_bytes_count_as_discarded_also_for_the_next_opening(tmp_path: Path) -> None:
+    with written(tmp_path / "job"):
+        pass
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    for lost in (4, 0):
+        files = OutputFiles.open(tmp_path / "job")
+        assert (files.lost, files.discarded_bytes) == ({OUT: lost, ERR: 0}, 4)
+        files.close()
+
+
+def test_count_of_records_that_are_cut_with_their_bytes_is_kept(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        files.count_discarded(9)
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    files = OutputFiles.look_at(tmp_path / "job")
+    assert files.discarded_bytes == 9
+    files.close()
+
+
+# --- without a repair -------------------------------------------------------------------------
+
+
+def tree_with_times(directory: Path) -> dict[str, tuple[bytes, int]]:
+    return {each.name: (each.read_bytes(), each.stat().st_mtime_ns) for each in directory.iterdir()}
+
+
+@pytest.mark.parametrize("look", [OutputFiles.look_at, OutputFiles.open_ended])
+def test_look_changes_no_file(tmp_path: Path, look: Callable[[Path], OutputFiles]) -> None:
+    with written(tmp_path / "job"):
+        pass
+    os.truncate(tmp_path / "job" / "stderr", 1)
+    with (tmp_path / "job" / "index").open("ab") as file:
+        file.write(b"torn")
+    before = tree_with_times(tmp_path / "job")
+    files = look(tmp_path / "job")
+    files.close()
+    assert tree_with_times(tmp_path / "job") == before
+
+
+def test_only_a_log_that_loses_no_records_can_be_sealed(tmp_path: Path) -> None:
+    with written(tmp_path / "job"):
+        pass
+    files = OutputFiles.look_at(tmp_path / "job")
+    assert files.can_be_sealed
+    files.close()
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    files = OutputFiles.look_at(tmp_path / "job")
+    assert not files.can_be_sealed
+    files.close()
+    files = OutputFiles.open(tmp_path / "job")
+    files.seal()
+    assert not files.can_be_sealed
+    files.close()
+
+
+def test_sealed_files_that_are_being_read_are_not_removed(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        files.seal()
+    for opened in (OutputFiles.open, OutputFiles.open_ended):
+        reader, other = opened(tmp_path / "job"), OutputFiles.look_at(tmp_path / "job")
+        with pytest.raises(Busy, match="it is being read"):
+            other.remove(tmp_path / "job", force=False)
+        reader.close()
+        other.close()
+    last = OutputFiles.look_at(tmp_path / "job")
+    last.remove(tmp_path / "job", force=False)
+    last.close()
+    assert not (tmp_path / "job").exists()
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def test_only_files_with_output_are_to_be_synced(tmp_path: Path) -> None:
+    def names(files: OutputFiles) -> list[str]:
+        return [Path(os.readlink(f"/proc/self/fd/{fd}")).name for fd in files.to_sync()]
+
+    files = OutputFiles.create(tmp_path / "job")
+    assert names(files) == []
+    append(files, ERR, b"err")
+    assert names(files) == ["stderr", "index"]
+    append(files, OUT, b"out")
+    assert names(files) == ["stdout", "stderr", "index"]
+    assert files.size_on_disk() == 6 + 2 * RECORD.size
+    files.close()
+
+
+def test_files_are_let_go_once(tmp_path: Path) -> None:
+    files = OutputFiles.create(tmp_path / "job")
+    fds = files.let_go()
+    assert len(fds) == 3
+    assert files.let_go() == []
+    files.close()
+    for fd in fds:
+        os.fstat(fd)  # they are the caller's now
+        os.close(fd)
+    nothing = OutputFiles.gone()
+    assert (nothing.let_go(), nothing.to_sync(), nothing.last.size) == ([], [], 0)
+
+
+def test_short_read_of_the_page_cache_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with written(tmp_path / "job") as files:
+        read = FileReads.read
+
+        def short(self: FileReads, fd: int, size: int, offset: int, *, nowait: bool) -> object:
+            data = read(self, fd, size, offset, nowait=nowait)
+            return data[:1] if nowait and size < RECORD.size else data
+
+        monkeypatch.setattr(FileReads, "read", short)
+        got, place = b"", Place()
+        while place.offset < files.last.size:
+            chunk, place = files.read(place, ReadFilter(), nowait=True)
+            got += b"" if chunk is None else bytes(chunk.data)
+    assert got == MERGED
+
+
+def test_place_at_each_offset_is_found(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        for offset in range(len(MERGED) + 1):
+            place = files.find(offset, nowait=False)
+            assert place.offset == offset
+            assert joined(read_all(files, place)) == MERGED[offset:]
+
+
+def test_seal_stands_after_the_exact_count_of_discarded_bytes(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        files.count_discarded(10)
+        files.count_discarded(9)  # less than double: not in the index yet
+        files.seal()
+        assert files.record(files.records - 1).seals(files.record(files.records - 2))
+    files = OutputFiles.look_at(tmp_path / "job")
+    assert (files.sealed, files.discarded_bytes) == (True, 19)
+    files.close()
+
+
+def test_log_whose_count_cannot_be_recorded_has_no_seal_on_disk(tmp_path: Path) -> None:
+    """Else a reader would take the log for one that has lost less."""
+    with written(tmp_path / "job") as files:
+        files.discarded_bytes = 10
+        with file_size_limit(len(PIECES) * RECORD.size):
+            assert not files.record_discarded()
+            files.seal()
+        assert files.sealed
+    files = OutputFiles.look_at(tmp_path / "job")
+    assert not files.sealed
     files.close()

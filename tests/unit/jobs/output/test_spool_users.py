@@ -2,16 +2,19 @@
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from attrs import define
 
 from jobworker.errors import FollowerStalled
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
+from jobworker.jobs.output.spool_users import SpoolUsers
 
 from .written_logs import (
     OUT,
@@ -100,3 +103,102 @@ async def test_follower_whose_files_others_need_is_told_so_and_holds_none(
             await spool.find_start(Start(tail_lines=1))
         assert behind.offset == 1
     assert closed == [True]
+
+
+# --- the count --------------------------------------------------------------------------------
+
+
+@define(eq=False)
+class Files:
+    """Counts how often it was closed."""
+
+    closed: int = 0
+
+    def let_go(self) -> list[int]:
+        self.closed += 1
+        return []
+
+
+@pytest.fixture
+def files() -> Files:
+    return Files()
+
+
+@pytest.fixture
+def users(files: Files) -> SpoolUsers:
+    return SpoolUsers(files)  # type: ignore[arg-type]
+
+
+def test_owner_alone_closes_the_files_once(users: SpoolUsers, files: Files) -> None:
+    assert users.any
+    users.close()
+    users.close()
+    assert (users.closed, users.any, files.closed) == (True, False, 1)
+
+
+def test_files_stay_open_for_each_follower_and_each_call(users: SpoolUsers, files: Files) -> None:
+    users.add_follower()
+    with suppress(ZeroDivisionError), users.in_use():
+        users.close()
+        users.close()
+        users.remove_follower()
+        assert (users.followers, files.closed) == (0, 0)
+        raise ZeroDivisionError
+    assert files.closed == 1, "also after a fault"
+
+
+def test_lent_spool_closes_itself_after_its_last_user_and_says_so_once(
+    users: SpoolUsers, files: Files
+) -> None:
+    told = list[str]()
+    users.lend(lambda: told.append("closed"))
+    assert files.closed == 0, "nobody has used it yet"
+    with users.in_use():
+        users.add_follower()
+    assert (told, files.closed) == ([], 0)
+    users.remove_follower()
+    assert (told, files.closed, users.closed) == (["closed"], 1, True)
+    users.close()
+    assert (told, files.closed) == (["closed"], 1)
+    assert users._when_closed is None, "it may refer to the spool"
+
+
+def test_spool_that_is_not_lent_waits_for_its_owner(users: SpoolUsers, files: Files) -> None:
+    users.add_follower()
+    users.remove_follower()
+    assert (users.any, files.closed) == (True, 0)
+
+
+def test_lent_spool_whose_owner_has_closed_it_stays_open_for_its_last_user(
+    users: SpoolUsers, files: Files
+) -> None:
+    told = list[str]()
+    users.add_follower()
+    users.add_follower()
+    users.close()
+    users.lend(lambda: told.append("closed"))
+    users.remove_follower()
+    assert (told, files.closed) == ([], 0)
+    users.remove_follower()
+    assert (told, files.closed) == (["closed"], 1)
+
+
+def test_followers_that_are_shut_out_count_no_more(users: SpoolUsers, files: Files) -> None:
+    told = list[str]()
+    users.lend(lambda: told.append("closed"))
+    users.add_follower()
+    users.add_follower()
+    with users.in_use():
+        users.shut_out()
+        users.remove_follower()
+        assert (users.shut, files.closed) == (True, 0), "a thread reads"
+    assert (told, files.closed, users.any) == (["closed"], 1, False)
+    users.remove_follower()
+    assert (users.followers, files.closed) == (0, 1)
+
+
+def test_spool_that_its_owner_has_closed_is_shut_at_once(users: SpoolUsers, files: Files) -> None:
+    users.add_follower()
+    users.close()
+    users.shut_out()
+    assert (files.closed, users.any) == (1, False)
