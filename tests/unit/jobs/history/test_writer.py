@@ -1,6 +1,9 @@
 """The history's writer: one commit for many, and a fault fails alone."""
 
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -8,11 +11,12 @@ import pytest
 import trio
 import trio.lowlevel
 import trio.testing
-from attrs import evolve
+from attrs import Factory, define, evolve
 
 from jobworker.errors import InternalError
 from jobworker.jobs.history import writer as history_writer
 from jobworker.jobs.history.history import History
+from jobworker.jobs.history.writer import Writer
 from jobworker.model.job import JobId, JobRecord, JobSpec
 
 from ...strategies import record
@@ -214,3 +218,198 @@ async def test_fault_of_the_writer_itself_is_told_and_does_not_end_it(
             told = await put_three(history, record)
         assert len(told) == 3
         await history.put(record(history.take_id()))
+
+
+# --- over a reserve that is played ------------------------------------------------------------
+
+
+@define(eq=False)
+class Reserve:
+    """Says whether there is room, or raises."""
+
+    has_room: bool = True
+    fault: Exception | None = None
+
+    def ensure(self, _: apsw.Connection) -> bool:
+        if self.fault is not None:
+            raise self.fault
+        return self.has_room
+
+
+@define(eq=False)
+class Files:
+    """Closes the connection."""
+
+    def close(self, connection: apsw.Connection) -> None:
+        connection.close()
+
+
+@define(eq=False)
+class Played:
+    """A writer over a table of its own, and what was stored in it."""
+
+    path: Path
+    reserve: Reserve
+    writer: Writer
+    calls: list[str] = Factory(list)
+    faults: dict[str, BaseException] = Factory(dict)
+
+    def work(self, name: str, *faults: BaseException) -> Callable[[apsw.Connection], None]:
+        """Store `name`, after raising each of `faults` at one call."""
+        left = list(faults)
+
+        def work(connection: apsw.Connection) -> None:
+            self.calls.append(name)
+            connection.execute("INSERT INTO stored VALUES (?)", (name,))
+            if left:
+                raise left.pop(0)
+
+        return work
+
+    async def write(self, name: str, *faults: BaseException, is_new: bool = False) -> None:
+        try:
+            await self.writer.write(self.work(name, *faults), is_new=is_new)
+        except Exception as fault:  # noqa: BLE001 - the tests look at it
+            self.faults[name] = fault
+
+    @asynccontextmanager
+    async def one_batch(self) -> AsyncIterator[trio.Nursery]:
+        """Have all that is written in the nursery wait for the same turn of the thread."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        def hold(_: apsw.Connection) -> None:
+            begun.set()
+            assert go_on.wait(20)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.writer.write, hold)
+            assert await trio.to_thread.run_sync(begun.wait, 20)
+            yield nursery
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+
+    def stored(self) -> list[str]:
+        with closing(apsw.Connection(str(self.path))) as connection:
+            rows = connection.execute("SELECT name FROM stored ORDER BY name")
+            return [str(name) for (name,) in rows]
+
+
+@pytest.fixture
+def played(path: Path) -> Iterator[Played]:
+    connection, reserve = apsw.Connection(str(path)), Reserve()
+    connection.execute("CREATE TABLE stored (name TEXT)")
+    connection.pragma("synchronous", "off")
+    writer = Writer(connection, reserve, Files())  # type: ignore[arg-type]
+    yield Played(path, reserve, writer)
+    if writer._thread.is_alive():
+        writer.close()
+
+
+async def test_fault_of_one_write_leaves_nothing_of_it_and_all_of_the_others(
+    played: Played,
+) -> None:
+    async with played.one_batch() as nursery:
+        nursery.start_soon(played.write, "a")
+        nursery.start_soon(played.write, "b", ValueError("first"), ValueError("again"))
+        nursery.start_soon(played.write, "c")
+    assert played.stored() == ["a", "c"]
+    assert [str(fault) for fault in played.faults.values()] == ["again"]
+    await played.write("d")
+    assert played.stored() == ["a", "c", "d"]
+
+
+async def test_fault_that_was_another_write_s_is_not_told(played: Played) -> None:
+    """It is tried again alone."""
+    async with played.one_batch() as nursery:
+        nursery.start_soon(played.write, "a", ValueError("only together"))
+        nursery.start_soon(played.write, "b")
+    assert (played.stored(), played.faults) == (["a", "b"], {})
+
+
+async def test_lock_of_another_program_fails_the_batch_without_more_attempts(
+    played: Played,
+) -> None:
+    """Each further attempt would wait as long again."""
+    async with played.one_batch() as nursery:
+        for name in ("a", "b", "c"):
+            nursery.start_soon(played.write, name, apsw.BusyError("locked"))
+    assert (played.stored(), len(played.calls)) == ([], 1)
+    assert {type(fault) for fault in played.faults.values()} == {apsw.BusyError}
+    assert len(played.faults) == 3
+
+
+async def test_full_disk_refuses_what_is_new_and_takes_the_rest(played: Played) -> None:
+    played.reserve.has_room = False
+    async with played.one_batch() as nursery:
+        nursery.start_soon(partial(played.write, "end"))
+        nursery.start_soon(partial(played.write, "new", is_new=True))
+    assert (played.stored(), list(played.faults)) == (["end"], ["new"])
+    assert isinstance(played.faults["new"], apsw.FullError)
+    assert played.calls == ["end"], "what is new is not even tried"
+    played.reserve.has_room = True
+    await played.write("newer", is_new=True)
+    assert played.stored() == ["end", "newer"]
+
+
+async def test_ends_alone_share_a_commit_also_without_room(
+    played: Played, commits: list[None]
+) -> None:
+    played.reserve.has_room = False
+    async with played.one_batch() as nursery:
+        for name in ("a", "b", "c"):
+            nursery.start_soon(played.write, name)
+    assert (played.stored(), len(played.calls)) == (["a", "b", "c"], 3)
+    async with played.one_batch() as nursery:
+        nursery.start_soon(played.write, "d", ValueError("once"))
+        nursery.start_soon(played.write, "e")
+    assert played.calls[3:].count("d") == 2, "the batch was tried as a whole first"
+
+
+@pytest.mark.parametrize("fault", [apsw.FullError("full"), apsw.IOError("disk I/O error")])
+async def test_end_on_a_full_disk_is_tried_again_from_the_beginning_of_the_log(
+    played: Played, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    anew = list[str]()
+    monkeypatch.setattr(history_writer, "make_log_start_anew", lambda _: anew.append("anew"))
+    await played.write("end", fault, fault)  # in the batch, and alone
+    assert (played.stored(), anew, played.faults) == (["end"], ["anew"], {})
+    await played.write("new", fault, fault, is_new=True)
+    assert (played.stored(), anew) == (["end"], ["anew"]), "the log's room is for ends"
+    await played.write("bad", ValueError("bad"), ValueError("bad"))
+    assert anew == ["anew"], "that is no matter of room"
+    assert list(played.faults) == ["new", "bad"]
+
+
+@pytest.mark.parametrize("fault", [apsw.IOError("disk I/O error"), OSError("no such device")])
+async def test_reserve_that_cannot_be_looked_at_keeps_nothing_from_the_disk(
+    played: Played, fault: Exception
+) -> None:
+    played.reserve.fault = fault
+    await played.write("new", is_new=True)
+    assert (played.stored(), played.faults) == (["new"], {})
+
+
+async def test_reserve_that_another_program_has_locked_fails_the_batch(played: Played) -> None:
+    played.reserve.fault = apsw.BusyError("locked")
+    await played.write("a")
+    assert (played.calls, type(played.faults["a"])) == ([], apsw.BusyError)
+
+
+async def test_close_writes_what_waits_and_ends_the_thread(played: Played) -> None:
+    async with played.one_batch() as nursery:
+        for name in ("a", "b"):
+            nursery.start_soon(played.write, name)
+    await trio.to_thread.run_sync(played.writer.close)
+    assert not played.writer._thread.is_alive()
+    assert played.stored() == ["a", "b"]
+
+
+def test_caller_whose_event_loop_has_ended_is_told_nothing() -> None:
+    made = list[history_writer._Write]()
+
+    async def make() -> None:
+        made.append(history_writer._Write(lambda _: None))
+
+    trio.run(make)
+    made[0].finish(None)
+    assert not made[0].done.is_set()
