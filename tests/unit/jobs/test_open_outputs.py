@@ -229,3 +229,33 @@ async def test_many_followed_jobs_that_end_at_once_lose_the_oldest(tmp_path: Pat
         assert [each.shut for each in spools] == [True, True, True]
         assert [each.has_files for each in spools] == [True, False, False]
     assert outputs._owners == {}
+
+
+async def test_owner_with_one_output_does_not_lose_it_for_what_another_is_opening(
+    tmp_path: Path,
+) -> None:
+    outputs, never = OpenOutputs(4), trio.Event()
+
+    async def open_spool() -> Spool:
+        return made(1, tmp_path)
+
+    async def hang() -> Spool:
+        await never.wait()
+        raise AssertionError
+
+    async def read(job: int) -> None:
+        async with outputs.reading(record(job, owner="alice"), hang):
+            pass
+
+    async with outputs.reading(record(1, owner="bob"), open_spool) as his:
+        follower = his.follow()
+    async with trio.open_nursery() as nursery:
+        for job in (2, 3, 4):
+            nursery.start_soon(read, job)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(TooManyFollows):
+            async with outputs.reading(record(5, owner="carol"), open_spool):
+                pass
+        assert not his.shut
+        nursery.cancel_scope.cancel()
+    follower.close()

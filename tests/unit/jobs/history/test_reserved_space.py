@@ -153,3 +153,12 @@ def test_log_starts_anew_after_all_of_it_is_in_the_file(
     for _ in range(2):
         use(connection, 10)
     assert log.stat().st_size == size, "its blocks are used again"
+
+
+def test_fault_amid_it_is_raised_and_leaves_no_transaction(
+    connection: apsw.Connection, space: ReservedSpace
+) -> None:
+    connection.execute("CREATE VIEW room AS SELECT 1")  # cannot be dropped as a table
+    with pytest.raises(apsw.SQLError, match="DROP VIEW"):
+        space.ensure(connection)
+    assert not connection.in_transaction
