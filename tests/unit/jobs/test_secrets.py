@@ -55,7 +55,7 @@ def test_small_secrets_take_nothing_of_the_bounds() -> None:
     assert of_size(SMALL_BYTES).size == 0
     assert of_size(SMALL_BYTES + 1).size == SMALL_BYTES + 1
     assert Secrets(["x" * SMALL_BYTES, "x"]).size == SMALL_BYTES + 1
-    full = [(True, of_size(20_000)), (False, of_size(30_000))]
+    full = [(True, of_size(20_001)), (False, of_size(30_001))]
     check_room(of_size(SMALL_BYTES), full)
     check_room(of_size(10_000), [(True, of_size(SMALL_BYTES))] * 100)
 
