@@ -162,3 +162,11 @@ def test_fault_amid_it_is_raised_and_leaves_no_transaction(
     with pytest.raises(apsw.SQLError, match="DROP VIEW"):
         space.ensure(connection)
     assert not connection.in_transaction
+
+
+def test_database_that_may_not_grow_is_told_as_a_full_disk(
+    connection: apsw.Connection, space: ReservedSpace
+) -> None:
+    connection.pragma("max_page_count", PAGES // 2)
+    assert not space.ensure(connection)
+    assert not connection.in_transaction

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
-from jobworker.jobs.history.job_note import make_note
+from jobworker.jobs.history.job_note import make_note, read_note, write_note
 from jobworker.jobs.output.directory import (
     NAMES,
     NOTE,
@@ -173,9 +173,12 @@ def test_output_that_is_there_again_was_not_removed(job: Path) -> None:
     removed(job)
     job.with_name("copy").rename(job)
     assert not was_removed(job)
+    later = record(7, detail="it was put back")
+    write_note(job.parent, later)
     removed(job)  # over the mark of the first time
     assert was_removed(job)
     assert os.listdir(mark_of(job)) == [NOTE]
+    assert read_note(job.parent, later.id) == later
 
 
 def test_output_that_is_being_read_is_removed_by_force_alone(job: Path) -> None:
