@@ -90,8 +90,11 @@ class OpenOutputs:
         Of these it closes the one that was read least recently (`Spool.shut_out`). Returns whether
         it closed one.
         """
-        numbers = Counter(self._owners.values())
-        shown = [each for each in self._owners if isinstance(each, Spool) and not each.shut]
+        # An output that was closed while a thread reads it keeps its descriptors until the thread
+        # is done. Its owner has lost it already.
+        left = [each for each in self._owners if not (isinstance(each, Spool) and each.shut)]
+        numbers = Counter(self._owners[each] for each in left)
+        shown = [each for each in left if isinstance(each, Spool)]
         if not shown or max(numbers.values()) < least:
             return False
         victim = min(shown, key=lambda each: (-numbers[self._owners[each]], each.read_at))

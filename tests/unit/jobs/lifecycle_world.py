@@ -24,7 +24,7 @@ from jobworker.model.job import JobId
 
 from .failing_disks import Disks, HistoryFault, OutputFault
 from .kept_launcher import KeptLauncher, Manner
-from .output.test_spool import open_fds
+from .output.written_logs import open_fds
 from .played_link import ServiceLink
 from .played_program import Behaviour, Program
 from .played_service import PlayedService, now

@@ -2,124 +2,19 @@
 
 import errno
 import os
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import trio
-from attrs import frozen
 
-from jobworker.errors import NotFound, OutOfDescriptors, OutputError, TooManyFollows
-from jobworker.jobs.archive import MISSING, Archive
-from jobworker.jobs.execution import Execution
-from jobworker.jobs.history.history import History
-from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.output.index import Place, ReadFilter
-from jobworker.jobs.output.spool import Spool
+from jobworker.errors import NotFound, OutOfDescriptors, OutputError
+from jobworker.jobs.archive import MISSING
 from jobworker.jobs.retention import KeptOutput
-from jobworker.jobs.retention_policy import RetentionPolicy
-from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.model.job import JobId
 
 from ..strategies import record
+from .archived import NOTHING, ground
 from .descriptors import descriptors_left
-from .output.test_spool import append
-
-NOTHING = RetentionPolicy(max_jobs=0)
-
-
-@frozen
-class Ground:
-    """An archive over a history and a directory that are there."""
-
-    spools: Path
-    history: History
-    budget: OutputBudget
-    archive: Archive
-
-    async def end_job(
-        self,
-        *,
-        lost_to: Path | None = None,
-        at_end: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
-        recorded: bool = True,
-        owner: str = "alice",
-        followed_by: ExitStack | None = None,
-        forgotten: bool = True,
-    ) -> JobId:
-        """Have a job live, write and end; meanwhile somebody may have moved its output away.
-
-        Or somebody has come to follow it, who takes nothing.
-        """
-        job = self.history.take_id()
-        spool = Spool.create(self.spools / str(job))
-        append(spool, Stream.STDOUT, b"x" * 1000)
-        self.archive.count_live(spool)
-        await spool.seal()
-        if followed_by is not None:
-            followed_by.enter_context(spool.follow())
-        spool.close()
-        if lost_to is not None:
-            (self.spools / str(job)).rename(lost_to)
-
-        async def remove_record() -> bool:
-            await self.history.remove(job)
-            return forgotten
-
-        async def put(_record: JobRecord) -> None:
-            await trio.lowlevel.checkpoint()
-
-        execution = SimpleNamespace(
-            record=record(job, owner=owner),
-            spool=spool,
-            archived=trio.Event(),
-            settlement=SimpleNamespace(remove_record=remove_record),
-            live_record=SimpleNamespace(note_removal_of_output=lambda _when: None, put=put),
-        )
-        with at_end:
-            await self.archive.add(cast("Execution", execution))
-        if recorded:
-            await self.history.put(execution.record)
-            self.archive.forget(cast("Execution", execution))
-        return job
-
-    async def stored(self, job: JobId) -> JobRecord:
-        """What the history says of a job."""
-        found = await self.history.summary(job)
-        assert found is not None
-        return found
-
-    def check(self) -> int:
-        """That just what stands on the disk counts: so many bytes."""
-        there = sum(
-            file.stat().st_size for each in self.spools.iterdir() for file in each.iterdir()
-        )
-        assert self.budget.used_bytes == self.archive.size_of(record(1).owner) == there
-        return there
-
-
-@asynccontextmanager
-async def ground(directory: Path, max_open: int = 1024) -> AsyncIterator[Ground]:
-    spools = directory / "spool"
-    spools.mkdir(exist_ok=True)
-    history = History.open(directory / "history.db", spools)
-    try:
-        budget = OutputBudget(spools)
-        archive = Archive(
-            spools=spools,
-            history=history,
-            policy=RetentionPolicy(),
-            budget=budget,
-            clock=lambda: datetime.now(UTC),
-            max_open=max_open,
-        )
-        await archive.load()
-        yield Ground(spools, history, budget, archive)
-    finally:
-        history.close()
 
 
 async def test_output_that_goes_while_somebody_asks_is_told_as_removed(tmp_path: Path) -> None:
@@ -314,60 +209,3 @@ async def test_room_is_made_beside_output_that_cannot_be_read(ordinary_directory
         (here.spools / str(first)).chmod(0o700)
         await here.archive.prune()
         here.check()
-
-
-def open_outputs(here: Ground) -> list[int]:
-    """The jobs whose output is open, as the kernel says, each as often as it is."""
-    files = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
-    return sorted(
-        int(file.parent.name)
-        for file in files
-        if file.parent.parent == here.spools and file.name == "index"
-    )
-
-
-async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_may_be(
-    tmp_path: Path,
-) -> None:
-    async with ground(tmp_path, max_open=2) as here:
-        with ExitStack() as followers:
-            for _ in range(2):
-                await here.end_job(followed_by=followers)
-            first = next(iter(here.archive._outputs._owners))
-            assert isinstance(first, Spool)
-            await first.read(Place(), ReadFilter())
-            await here.end_job(followed_by=followers)
-            assert open_outputs(here) == [1, 3]
-            await here.end_job(followed_by=followers)
-            assert open_outputs(here) == [3, 4], "those who took nothing for longest come again"
-            with pytest.raises(TooManyFollows, match="output of 2 ended jobs is being read"):
-                async with here.archive.reading(await here.stored(JobId(1))):
-                    pass
-        assert (open_outputs(here), here.archive._outputs._owners) == ([], {})
-        async with here.archive.reading(await here.stored(JobId(1))):
-            assert open_outputs(here) == [1]
-
-
-async def test_owner_who_reads_little_gets_a_place_of_one_who_reads_much(tmp_path: Path) -> None:
-    async with ground(tmp_path, max_open=5) as here:
-        mine = [await here.end_job(owner="bob") for _ in range(3)]
-        with ExitStack() as followers:
-            for _ in range(5):
-                await here.end_job(followed_by=followers)
-            for job, open_now in zip(mine, ([1, 5, 6, 7, 8], [1, 2, 6, 7, 8]), strict=False):
-                async with here.archive.reading(await here.stored(job)) as spool:
-                    followers.enter_context(spool.follow())
-                assert open_outputs(here) == open_now
-            with pytest.raises(TooManyFollows):  # she would have less than he then
-                async with here.archive.reading(await here.stored(mine[2])):
-                    pass
-            for each, owner in here.archive._outputs._owners.items():
-                if owner == "alice" and isinstance(each, Spool):
-                    await each.read(Place(), ReadFilter())
-            await here.end_job(followed_by=followers)
-            assert open_outputs(here) == [1, 2, 7, 8, 9], "hers goes, though his is read less"
-        assert (open_outputs(here), here.archive._outputs._owners, here.archive._outputs._open) == (
-            [],
-            {},
-            {},
-        )

@@ -17,7 +17,7 @@ from hypothesis.stateful import invariant, precondition, rule
 from .kept_launcher import KeptLauncher
 from .lifecycle_rules import KILLS, MISHAPS, QUOTA, FaultRules, JobRules, Wanted
 from .lifecycle_world import Kill, Mishap, has_service
-from .output.test_spool import open_fds
+from .output.written_logs import open_fds
 from .played_service import now
 
 SOAK = bool(os.environ.get("JOBWORKER_SOAK"))

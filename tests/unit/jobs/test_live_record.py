@@ -1,5 +1,7 @@
 """The record of a live job, and what of it reaches the history."""
 
+import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,12 +12,23 @@ import trio.testing
 from attrs import Factory, define, evolve
 
 from jobworker.errors import InternalError
+from jobworker.jobs.inheritance import RunningJob, Takeover
 from jobworker.jobs.live_record import RECORD_AGAIN_SECONDS, LiveRecord
 from jobworker.jobs.output.spool import Spool
-from jobworker.model.job import SERVICE_ENDED, JobId, JobRecord, JobSpec, OutputCut
+from jobworker.model.job import (
+    SERVICE_ENDED,
+    JobId,
+    JobRecord,
+    JobSpec,
+    OutputCut,
+    Usage,
+)
 from jobworker.model.lifecycle import Event, State
+from jobworker.sandbox.service.job_ends import Started
+from jobworker.sandbox.service.job_reports import JobExit
 
 from ..strategies import record
+from .supervised import spec, supervising
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -179,3 +192,41 @@ async def test_job_has_ended_when_it_exited_by_the_clock_that_is_never_set(
     # The time of day was set back meanwhile: the job has run 70 seconds all the same.
     live.record = evolve(live.record, started_at=NOON + timedelta(seconds=50))
     assert live.advanced(Event.SUCCEED).ended_at == NOON + timedelta(seconds=50 + 70)
+
+
+@pytest.mark.parametrize("seconds_ago", [0.0, 2.0])
+async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_behind(
+    tmp_path: Path, seconds_ago: float
+) -> None:
+    now = datetime(2026, 11, 24, tzinfo=UTC)
+    record = JobRecord(
+        id=JobId(1),
+        spec=spec("taken over"),
+        owner="alice",
+        state=State.RUNNING,
+        created_at=now,
+        started_at=now + timedelta(minutes=1),
+    )
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    os.close(out_write)
+    os.close(err_write)
+    send, exits = trio.open_memory_channel[JobExit](1)
+    told_at = time.monotonic()
+    ended_at = told_at - seconds_ago
+    send.send_nowait(JobExit(code=0, signal=None, usage=Usage(), ended_at=ended_at))
+    send.close()
+    started = Started(pid=1, stdout=out, stderr=err, since=told_at - 8)
+    taken = Takeover(running=[RunningJob(record, Spool.create(tmp_path / "1"), started, exits)])
+    behind = now - timedelta(days=1)
+    async with supervising(tmp_path, max_running=1, clock=lambda: behind, inheritance=taken) as (
+        supervisor,
+        _,
+        history,
+    ):
+        with trio.fail_after(20):
+            await supervisor.wait(JobId(1))
+    ended = history.records[JobId(1)]
+    assert ended.started_at is not None
+    assert ended.ended_at is not None
+    ran = (ended.ended_at - ended.started_at).total_seconds()
+    assert abs(ran - (8 - seconds_ago)) < 0.1, "as long as the launcher says"

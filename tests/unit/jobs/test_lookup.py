@@ -15,7 +15,7 @@ from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 
 from ..strategies import record
-from .test_supervisor import RULES
+from .supervised import RULES
 
 
 @define

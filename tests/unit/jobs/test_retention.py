@@ -17,7 +17,7 @@ from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy
 from jobworker.model.job import JobId, OutputCut, Stream
 
 from ..strategies import record
-from .output.test_spool import append
+from .output.written_logs import append
 
 SECOND = 1_000_000_000
 

@@ -1,5 +1,7 @@
 """The settlement of ended jobs: history and launcher may refuse for a while."""
 
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ from jobworker.errors import (
     NotFound,
     SandboxError,
 )
+from jobworker.jobs.inheritance import EndedJob, Takeover
 from jobworker.jobs.live_record import RECORD_AGAIN_SECONDS, LiveRecord
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.settlement import Settlement
-from jobworker.model.job import JobId
+from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import State
 
 from ..strategies import record
+from .supervised import FakeLink, spec, supervising
 from .test_live_record import NOON, History, history, live
 
 __all__ = ["history", "live"]
@@ -125,3 +130,71 @@ async def test_refusal_to_remove_is_told(
     with pytest.raises(InternalError):
         await settlement.remove_record()
     assert not settlement.is_gone
+
+
+async def test_removal_for_which_the_launcher_takes_its_time_delays_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a job has left may wait for a disk that hangs; other jobs want room meanwhile."""
+    asked, may = trio.Event(), trio.Event()
+
+    async def remove(*_: object) -> None:
+        asked.set()
+        with trio.CancelScope(shield=True):
+            await may.wait()
+
+    monkeypatch.setattr(FakeLink, "remove", remove)
+    end = JobRecord(
+        id=JobId(1),
+        spec=spec("taken over"),
+        owner="alice",
+        created_at=datetime.now(UTC),
+        started_at=datetime.now(UTC),
+        state=State.COMPLETED,
+    )
+    taken = Takeover(ended=[EndedJob(end, Spool.create(tmp_path / "1"))])
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, _, history):
+        with trio.fail_after(20):
+            await asked.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(supervisor.remove, JobId(1), force=False))
+                try:
+                    while history.records:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+                    await supervisor.prune(None, None)
+                finally:
+                    may.set()
+
+
+async def test_job_is_told_as_removed_once_a_launcher_that_refused_has_forgotten_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next service finds it there, takes it for one that was lost, and makes a record."""
+    monkeypatch.setattr("jobworker.jobs.live_record.RECORD_AGAIN_SECONDS", 0.01)
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            await supervisor.submit(spec("first"), "alice")
+            link.refusals = 3
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
+            await supervisor.remove(JobId(1), force=False)
+    assert (link.removed, history.records, link.refusals) == ([1], {}, 0)
+
+
+async def test_removal_that_the_launcher_did_not_hear_of_before_the_end_is_not_told(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The next service finds the job there, and takes it for one that was lost."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        link.refusals, link.forgets_nothing = 10**9, True
+        execution = await supervisor.submit(spec("first"), "alice")
+        link.finish(JobId(1))
+        await supervisor.wait(JobId(1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(supervisor.remove, JobId(1), force=False))
+            while history.records:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            await supervisor.leave()
+            await trio.sleep(10)  # more than the service gives those who wait for an answer
+            assert not execution.forgotten.is_set()  # for which the removal waits
+            nursery.cancel_scope.cancel()

@@ -1,6 +1,7 @@
 """The start of a job: tried again, given up, left, or failed."""
 
 import errno
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -8,7 +9,12 @@ import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
-from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors, SandboxError
+from jobworker.errors import (
+    JobworkerError,
+    LauncherGone,
+    OutOfDescriptors,
+    SandboxError,
+)
 from jobworker.jobs.ending import Ending
 from jobworker.jobs.live_record import LiveRecord
 from jobworker.jobs.secrets import Secrets
@@ -19,6 +25,7 @@ from jobworker.sandbox.service.job_ends import Exits, Started
 from jobworker.sandbox.start.plan import Order
 
 from ..strategies import record
+from .supervised import spec, supervising
 from .test_live_record import NOON, History, history, live
 
 __all__ = ["history", "live"]
@@ -212,3 +219,37 @@ async def test_start_of_which_nothing_is_known_at_the_service_s_end_is_undecided
     assert await start.run() is None
     assert "cannot tell what becomes of job 1" in str(start.error)
     assert [each.stop_requested_at for each in history.stored] == [NOON], "the next one goes on"
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_service_that_ends_does_not_wait_for_a_start_that_is_never_answered(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, leaves: bool
+) -> None:
+    """It is the next service's to find out what became of it: no end is made up."""
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, history),
+        trio.open_nursery() as nursery,
+    ):
+        link.stuck = True
+        nursery.start_soon(supervisor.submit, spec("held"), "alice")
+        while JobId(1) not in history.records:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        with trio.fail_after(30):
+            await (supervisor.leave() if leaves else supervisor.shut_down(5))
+    assert history.records[JobId(1)].state is State.INITIALIZING
+
+
+async def test_start_that_was_never_sent_waits_for_the_next_service(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, history),
+        trio.open_nursery() as nursery,
+    ):
+        link.stuck, link.sends = True, False
+        nursery.start_soon(supervisor.submit, spec("held"), "alice")
+        while JobId(1) not in history.records:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        with trio.fail_after(30):
+            await supervisor.leave()
+    assert history.records[JobId(1)].state is State.PENDING

@@ -21,7 +21,7 @@ from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
 from jobworker.sandbox.service.job_reports import JobExit
 
-from .output.test_spool import append, open_fds
+from .output.written_logs import append, open_fds
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

@@ -49,6 +49,7 @@ from jobworker.jobs.output.directory import (
 )
 from jobworker.jobs.output.file_reads import FileReads
 from jobworker.jobs.output.index import (
+    MAX_BYTES,
     RECORD,
     LogChunk,
     Place,
@@ -246,7 +247,7 @@ class OutputFiles:
         So a process that dies loses at most half of the count, and the index hardly grows. Raises
         nothing if the disk refuses: a full disk is one of the reasons to discard.
         """
-        self.discarded_bytes += count
+        self.discarded_bytes = min(self.discarded_bytes + count, MAX_BYTES)
         if self.discarded_bytes >= 2 * self.last.discarded_bytes:
             self.record_discarded()
 
@@ -310,7 +311,7 @@ class OutputFiles:
         with disk_errors("recover"):
             self._index.truncate()
             if lost := sum(self.lost.values()):
-                self.discarded_bytes += lost
+                self.discarded_bytes = min(self.discarded_bytes + lost, MAX_BYTES)
                 self.record_discarded()
             self._show_all()
             with full_disk_may_refuse():  # the records stay in memory; the next write tries again

@@ -26,6 +26,9 @@ RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarde
 BLOCK_RECORDS = 1024
 """The most records that one read examines: 32 KiB, which take well under a millisecond."""
 CHUNK_BYTES = 65_536
+MAX_BYTES = 1 << 62
+"""More than any file or count of bytes: a record with a larger number is damage. A record has room
+for the sum of two such numbers."""
 BOTH = frozenset(Stream)
 
 
@@ -76,7 +79,8 @@ class Record:
     def follows(self, before: "Record") -> bool:
         """Whether one event leads from `before` to this record. False for a record of zeros."""
         growth = self._growth(before)
-        return self.time_ns > 0 and min(growth) >= 0 and sum(map(bool, growth)) <= 1
+        is_possible = self.time_ns > 0 and max(self.size, self.discarded_bytes) <= MAX_BYTES
+        return is_possible and min(growth) >= 0 and sum(map(bool, growth)) <= 1
 
     def seals(self, before: "Record") -> bool:
         """Whether this record, which follows `before`, is the seal."""

@@ -1,5 +1,6 @@
 """Questions of one name stand in line behind each other, and not before those of others."""
 
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from threading import Semaphore
 import apsw
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
@@ -20,6 +22,9 @@ from jobworker.serialization.json_text import loads
 
 from ...strategies import record
 from ..descriptors import descriptors_left
+from .histories import opened, path
+
+__all__ = ["path"]
 
 FLOOD = 50
 
@@ -126,3 +131,22 @@ async def test_want_of_descriptors_that_has_passed_meanwhile_is_told_as_that(
         with pytest.raises(OutOfDescriptors):
             await readers.look_up(read_in_want)
         assert await readers.look_up(count_rows) == 0
+
+
+async def test_nobody_waits_for_the_queue_of_another_ones_searches(path: Path) -> None:
+    with opened(path) as history:
+        order: list[str] = []
+        leave = threading.Event()
+
+        async def ask(who: str) -> None:
+            await history._readers.search(lambda _: leave.wait(30), who)
+            order.append(who)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(ask, "flood")
+            await trio.sleep(0.05)
+            nursery.start_soon(ask, "quiet")
+            await trio.sleep(0.05)
+            leave.set()
+        assert order.index("quiet") <= 2

@@ -25,7 +25,7 @@ from jobworker.jobs.output.search import MAX_WINDOW, Start, StartPlace, find_sta
 from jobworker.jobs.output.spool import READER_THREADS, Spool
 from jobworker.model.job import Stream
 
-from .test_spool import append
+from .written_logs import append
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR
 Pieces = list[tuple[Stream, bytes]]

@@ -22,7 +22,15 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, Stream
 from jobworker.threads import REFUSED
 
-from .test_spool import append, open_fds
+from .written_logs import (
+    ERR,
+    OUT,
+    append,
+    open_fds,
+    spool,
+)
+
+__all__ = ["spool"]
 
 HANGING = frozenset("1234")
 EVERY = ["index", "stderr", "stdout"]
@@ -175,3 +183,64 @@ def test_service_that_ends_says_what_the_disk_was_not_asked_for(
 
     trio.run(serve)
     assert "before the output of jobs 1, 5 was synced" in caplog.text
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that the disk was asked to take."""
+    seen: list[str] = []
+
+    def fdatasync(file: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return seen
+
+
+async def test_nothing_is_synced_where_there_is_no_output(spool: Spool, synced: list[str]) -> None:
+    await spool.seal()
+    async with spool.synced(JobId(1), "alice"):
+        pass
+    assert synced == []
+
+
+async def test_each_file_with_output_is_synced_beside_what_the_caller_does(
+    spool: Spool, synced: list[str]
+) -> None:
+    append(spool, ERR, b"text")
+    await spool.seal()
+    async with spool.synced(JobId(1), "alice"):
+        with trio.fail_after(5):
+            while len(synced) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert (sorted(synced), spool.sync_fault) == (["index", "stderr"], "")
+
+
+async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda _: go_on.wait(20))
+    monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", 0.1)
+    append(spool, OUT, b"text")
+    await spool.seal()
+    with trio.fail_after(5):
+        async with spool.synced(JobId(1), "alice"):
+            pass
+    spool.close()
+    assert any(path.endswith("/job/stdout") for path in open_fds().values())
+    go_on.set()
+    with trio.fail_after(5):
+        while any(path.endswith("/job/stdout") for path in open_fds().values()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+async def test_disk_that_refuses_is_told(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    append(spool, OUT, b"text")
+    async with spool.synced(JobId(1), "alice"):
+        pass
+    assert spool.sync_fault == "its output may not be on the disk: Input/output error"
