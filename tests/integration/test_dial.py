@@ -33,7 +33,7 @@ from jobworker.pki.tls import client_context, server_context
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import RpcRequest, ServerSession
 
-from ..unit.client.test_client import RECORD
+from ..unit.client.memory_servers import RECORD
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 TLSHandler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]

@@ -25,7 +25,7 @@ from jobworker.pki.administration import init_authority
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import RpcRequest, ServerSession
 
-from ..unit.client.test_client import RECORD
+from ..unit.client.memory_servers import RECORD
 from .test_dial import Site, listening, over_tls, upgraded
 
 

@@ -22,7 +22,7 @@ from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
 from jobworker.protocol import messages as m
 
-from .test_client import RECORD, connected
+from .memory_servers import RECORD, connected
 
 Use = Callable[[Client], Awaitable[object]]
 

@@ -54,7 +54,7 @@ LARGE_PLAN = {"job": {"command": ["any", LONG]}}
 class Talk:
     """A conversation, its client, and operations that a test plays."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, role: str, **limits: object) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, role: str, **limits: int) -> None:
         self.socket, self.client = PlayedSocket(), client(role)
         active_clients = ActiveClients()
         self.context = OperationContext(
@@ -67,7 +67,7 @@ class Talk:
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=5,
-            limiter=ConnectionLimiter(evolve(ConnectionLimits(), ping_interval="0", **limits)),
+            limiter=ConnectionLimiter(evolve(ConnectionLimits(ping_interval="0"), **limits)),
             active_clients=active_clients,
             send_budget=SendBudget(active_clients),
             waits=WaitQuota(10),
@@ -127,7 +127,7 @@ TalkOf = Callable[..., Talk]
 
 @pytest.fixture
 def talk_of(monkeypatch: pytest.MonkeyPatch) -> TalkOf:
-    def make(role: str = "admin", **limits: object) -> Talk:
+    def make(role: str = "admin", **limits: int) -> Talk:
         return Talk(monkeypatch, role, **limits)
 
     return make
@@ -154,6 +154,7 @@ async def test_each_call_is_answered_under_its_id(talk_of: TalkOf) -> None:
         talk.socket.say("service.hello", "one")
         talk.socket.say("job.stop", 2, id=7)
         await settle()
+        assert not talk.conversation._calls, "they leave nothing behind"
     replies = talk.socket.replies()
     assert replies["one"]["result"]["name"] == NAME
     assert replies[2]["error"]["data"] == {"name": "not_found", "remedy": "look for it"}
@@ -181,6 +182,7 @@ async def test_call_that_waits_delays_no_other_call(talk_of: TalkOf) -> None:
         talk.socket.say("service.hello", 3)
         await settle()
         assert set(talk.socket.replies()) == {3}
+        assert len(talk.conversation._calls) == 2
         ended.set()
         await settle()
     assert set(talk.socket.replies()) == {1, 2, 3}

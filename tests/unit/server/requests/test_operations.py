@@ -1,6 +1,7 @@
 """Operations: what each client gets of each method, and what it is refused."""
 
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -549,14 +550,20 @@ async def test_stop_by_an_unknown_signal_touches_nothing(service: CalledService)
     assert service.program(job).asked is None
 
 
-async def test_program_that_goes_on_is_killed_after_the_grace_of_the_call(
-    service: CalledService,
+@pytest.mark.parametrize("seconds", [None, 0, 7.0])
+async def test_grace_of_the_call_counts(
+    service: CalledService, monkeypatch: pytest.MonkeyPatch, seconds: float | None
 ) -> None:
-    job = await service.run("alice")
-    service.program(job).on_signal = "goes on"
-    record = await service.call("alice", "job.stop", id=job.id, grace_seconds=0)
-    assert isinstance(record, JobRecord)
-    assert (record.state, record.signal) == (State.STOPPED, 9)
+    job, asked = await service.run("alice"), list[object]()
+
+    async def stop(_: Supervisor, *arguments: object) -> JobRecord:
+        await trio.lowlevel.checkpoint()
+        asked.append(arguments)
+        return job
+
+    monkeypatch.setattr(Supervisor, "stop", stop)
+    await service.call("alice", "job.stop", id=job.id, signal="15", grace_seconds=seconds)
+    assert asked == [(job.id, signal.SIGTERM, seconds, "alice")]
 
 
 # --- job.log, job.credit, job.unfollow ------------------------------------------------------
@@ -615,6 +622,25 @@ async def test_log_of_one_stream_has_no_byte_of_the_other(service: CalledService
     chunk = await subscription(service, "alice", 2).follower.receive()
     assert chunk is not None
     assert bytes(chunk.data) == b"out"
+
+
+async def test_pieces_of_different_times_are_joined_where_that_is_wanted(
+    service: CalledService,
+) -> None:
+    job = await service.run("alice")
+    execution = service.supervisor.live(job.id)
+    assert execution is not None
+    for written, data in enumerate((b"1", b"2"), 1):
+        os.write(service.program(job).writes[0], data)
+        while execution.live_record.now().stdout_bytes < written:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    await service.end(job)
+    await log(service, "alice", job)
+    await log(service, "alice", job, coalesce=False)
+    for number, data in ((1, b"12"), (2, b"1")):
+        chunk = await subscription(service, "alice", number).follower.receive()
+        assert chunk is not None
+        assert bytes(chunk.data) == data
 
 
 async def test_log_has_the_last_lines_alone(service: CalledService) -> None:
