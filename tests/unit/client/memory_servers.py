@@ -85,6 +85,11 @@ class Wire:
     out: trio.MemorySendChannel[str]
     incoming: trio.MemoryReceiveChannel[str | bytes]
     is_ended: bool = False
+    goodbyes: int = 0
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.goodbyes += 1
 
     async def send(self, message: str) -> None:
         try:
