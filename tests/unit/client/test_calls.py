@@ -5,19 +5,88 @@ import trio
 from attrs import evolve
 
 from jobworker.client.address import Address
-from jobworker.client.calls import PATIENCE_SECONDS, Calls
+from jobworker.client.calls import LARGE_BYTES, MOST_LOSSES, PATIENCE_SECONDS, Calls, _Tries
 from jobworker.client.client import Client
+from jobworker.client.rpc_connection import RpcConnectionLost
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
     JobworkerError,
+    MessageTooLarge,
     NotFound,
+    ProtocolError,
     ShuttingDown,
 )
 from jobworker.model.job import JobId
 from jobworker.protocol import messages as m
 
 from .memory_servers import RECORD, SPEC, Peer, Servers, served
+
+UNCERTAIN = "the job may have been started"
+
+
+def lost(reason: JobworkerError, *, sent: bool = True, size: int = 1) -> RpcConnectionLost:
+    return RpcConnectionLost(reason, sent=sent, size=size, broke=True)
+
+
+BROKE = ConnectionFailed("it broke", remedy="connect again")
+
+
+def test_request_that_may_have_arrived_once_stays_so() -> None:
+    told = list[bool]()
+    tries = _Tries(on_asked=told.append)
+    tries.report_asked(False)
+    tries.lose(lost(BROKE, sent=False), "job.status")
+    assert not tries.may_have_been_done
+    tries.lose(lost(BROKE), "job.status")
+    tries.report_asked(False)
+    assert told == [False, True]
+    assert tries.may_have_been_done
+
+
+def test_call_that_must_not_be_done_twice_is_uncertain_after_an_earlier_loss() -> None:
+    tries = _Tries(UNCERTAIN)
+    tries.lose(lost(BROKE, sent=False), "job.run")
+    with pytest.raises(ConnectionFailed) as told:
+        tries.lose(lost(BROKE), "job.run")
+    assert (told.value.message, told.value.remedy) == ("it broke", UNCERTAIN)
+
+
+@pytest.mark.parametrize("kind", [CertificateRefused, ProtocolError])
+def test_uncertain_call_is_told_why_no_retry_can_help(kind: type[JobworkerError]) -> None:
+    with pytest.raises(kind) as told:
+        _Tries(UNCERTAIN).lose(lost(kind("refused", remedy="ask for one")), "job.run")
+    assert told.value.remedy == f"{UNCERTAIN}; ask for one"
+
+
+def test_violation_of_the_protocol_is_raised_at_once() -> None:
+    violation = ProtocolError("bad")
+    with pytest.raises(ProtocolError) as told:
+        _Tries().lose(lost(violation), "job.wait")
+    assert told.value is violation
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(LARGE_BYTES, MessageTooLarge), (LARGE_BYTES - 1, ConnectionFailed)]
+)
+def test_request_that_breaks_each_connection_is_too_large_from_a_bound_on(
+    size: int, kind: type[JobworkerError]
+) -> None:
+    tries = _Tries()
+    for _ in range(MOST_LOSSES - 1):
+        tries.lose(lost(BROKE, size=size), "job.plan")
+    with pytest.raises(kind, match="3 connections broke") as told:
+        tries.lose(lost(BROKE, size=size), "job.plan")
+    assert type(told.value) is kind
+    assert told.value.message.endswith("it broke")
+    assert told.value.remedy
+
+
+async def test_call_of_a_client_without_patience_is_not_retried() -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 1), answer])
+    async with served(servers, patience_seconds=0) as client:
+        with pytest.raises(ConnectionFailed, match="the connection broke"):
+            await client.job(7).status()
 
 
 async def hang_up_after(peer: Peer, calls: int) -> None:

@@ -544,6 +544,73 @@ async def test_dismissed_client_gets_nothing_more(talk_of: TalkOf) -> None:
     assert talk.socket.sent == []
 
 
+async def test_message_on_its_way_is_not_cut_off_by_a_dismissal(talk_of: TalkOf) -> None:
+    talk = talk_of()
+    talk.socket.takes = trio.Event()
+    async with talk.served_in_background():
+        talk.socket.say("service.hello", 1)
+        await settle()
+        talk.client.dismiss("it is revoked")
+        await trio.testing.wait_all_tasks_blocked()
+        assert talk.socket.cut_off == 0
+        talk.socket.takes.set()
+        await settle()
+    assert set(talk.socket.replies()) == {1}
+
+
+async def test_reply_that_is_being_sent_is_owed(
+    talk_of: TalkOf, autojump_clock: trio.testing.MockClock
+) -> None:
+    talk = talk_of()
+    talk.socket.takes = trio.Event()
+    async with talk.served_in_background():
+        talk.socket.say("service.hello", 1)
+        await trio.sleep(1)
+        talk.client.leaving.set()
+        await trio.sleep(60)
+        assert not talk.conversation._sender.scope.cancel_called
+        talk.socket.takes.set()
+        await trio.sleep(1)
+        assert talk.conversation._sender.scope.cancel_called
+
+
+async def test_end_does_not_wait_for_a_large_request(talk_of: TalkOf) -> None:
+    talk, begun = talk_of(), trio.Event()
+
+    async def plan(*_: object) -> object:
+        begun.set()
+        await trio.sleep_forever()
+
+    talk.play("job.plan", plan)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(talk.conversation.serve)
+        talk.socket.say("job.plan", 1, **LARGE_PLAN)
+        await begun.wait()
+        talk.conversation._sender.cancel()
+
+
+async def test_long_request_is_refused_as_any_other_under_an_id_in_flight(
+    talk_of: TalkOf,
+) -> None:
+    talk = talk_of()
+    talk.hold("job.wait", Encoded("{}"))
+    padded = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "job.wait", "params": {"id": 7}})
+    async with talk.served_in_background():
+        for _ in range(2):
+            talk.socket.say_text(padded + " " * LARGE_BYTES)
+        await until(lambda: bool(talk.socket.sent))
+    assert "in flight" in talk.socket.replies()[1]["error"]["message"]
+    assert talk.served == ["job.wait"]
+
+
+async def test_client_that_sends_nonsense_counts_as_active(talk_of: TalkOf) -> None:
+    talk = talk_of()
+    async with talk.served_in_background():
+        talk.socket.say_text("no JSON")
+        await settle()
+        assert talk.context.active_clients.has_others(())
+
+
 async def test_client_that_asks_counts_as_active(talk_of: TalkOf) -> None:
     talk = talk_of()
     async with talk.served_in_background():

@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -137,6 +138,18 @@ async def test_reader_that_is_gone_is_an_error(process: ReaderProcess) -> None:
         assert refused.value.remedy == "start the service anew"
 
 
+async def test_reader_that_ends_before_its_answer_is_an_error(process: ReaderProcess) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def end() -> None:
+            await process.answer("", 3)
+            process.far.shutdown(socket.SHUT_WR)
+
+        nursery.start_soon(end)
+        with pytest.raises(ConfigError, match="is gone or stuck"):
+            await process.reader.read()
+
+
 @pytest.mark.parametrize("count", [0, 5, 12])
 async def test_late_answer_is_taken_for_no_later_request(
     process: ReaderProcess, config: Path, count: int, autojump_clock: trio.testing.MockClock
@@ -147,6 +160,8 @@ async def test_late_answer_is_taken_for_no_later_request(
         with pytest.raises(ConfigError, match="is gone or stuck"):
             await process.reader.read()
     assert trio.current_time() - began == pytest.approx(READ_SECONDS)
+    with suppress(BrokenPipeError):
+        process.far.sendall((struct.pack("!Q", len(answer)) + answer.encode())[count:])
     with pytest.raises(ConfigError, match="is gone or stuck"):
         await process.reader.read()
 

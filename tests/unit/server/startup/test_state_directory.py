@@ -116,8 +116,12 @@ def test_error_of_the_disk_names_the_file_and_what_to_do(tmp_path: Path) -> None
         make_state_directory(tmp_path / "file" / "state")
     assert str(tmp_path / "file") in refused.value.message
     assert refused.value.remedy == "move away the file that is in its place"
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as refused:
+        make_state_directory(tmp_path / "file" / "deep" / "state")
+    assert refused.value.remedy == "move away the file that is in its place"
+    with pytest.raises(ConfigError) as refused:
         holds(tmp_path / ("x" * 300))
+    assert refused.value.remedy == "give it a shorter path"
 
 
 # --- the service's own part -----------------------------------------------------------------
@@ -151,8 +155,8 @@ def test_mark_of_a_removal_and_what_others_may_read_stay(state: Path) -> None:
     mark.chmod(0o1444)
     make_service_directory(state, USER, USER)
     assert mode_of(mark) == 0o1644
-    mark.chmod(0o4755)
     os.chown(mark, OTHER, OTHER)
+    mark.chmod(0o4755)
     make_service_directory(state, USER, USER)
     assert mode_of(mark) == 0o755, "no program of the service's runs with its rights"
 
@@ -160,11 +164,13 @@ def test_mark_of_a_removal_and_what_others_may_read_stay(state: Path) -> None:
 @as_root
 def test_links_and_files_with_a_second_name_are_left_alone(tmp_path: Path, state: Path) -> None:
     make_service_directory(state, USER, USER)
-    (tmp_path / "roots").write_text("secret")
-    (state / "service" / "link").symlink_to(tmp_path / "roots")
+    for name in ("roots", "linked"):
+        (tmp_path / name).write_text("secret")
+    (state / "service" / "link").symlink_to(tmp_path / "linked")
     os.link(tmp_path / "roots", state / "service" / "second")
     make_service_directory(state, USER, USER)
     assert (tmp_path / "roots").stat().st_uid == 0
+    assert (tmp_path / "linked").stat().st_uid == 0
     assert (state / "service" / "link").lstat().st_uid == 0
 
 
@@ -200,6 +206,22 @@ def test_directory_becomes_right_after_its_entries(
     monkeypatch.setattr(os, "chown", chown)
     make_service_directory(state, USER, USER)
     assert given == ["log", "7", "spool", "service"]
+    given.clear()
+    make_service_directory(state, USER, USER)
+    assert given == ["service"], "what is right is left as it is"
+
+
+@as_root
+def test_wrong_group_or_mode_alone_is_mended(state: Path) -> None:
+    make_service_directory(state, USER, USER)
+    spool = state / "service" / "spool"
+    for name in ("group", "mode"):
+        (spool / name).touch(mode=0o600)
+        os.chown(spool / name, USER, OTHER if name == "group" else USER)
+    (spool / "mode").chmod(0o400)
+    make_service_directory(state, USER, USER)
+    assert (spool / "group").stat().st_gid == USER
+    assert mode_of(spool / "mode") == 0o600
 
 
 @as_root
