@@ -264,7 +264,7 @@ def _folded(name: str) -> str:
 
 def _stem(name: str) -> str:
     """The stem of the file names of a client's certificate; no two clients share one."""
-    stem = _UNFIT.sub("_", name).lstrip("-.")
+    stem = _UNFIT.sub("_", name).lstrip("-.") or "client"
     if stem in ("ca", "server"):
         stem = f"client-{stem}"
     return stem if stem == name else f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
