@@ -1,26 +1,43 @@
 """Calls of one client over several connections, each to a session in memory."""
 
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any, cast
+
 import pytest
 import trio
-from attrs import evolve
+from attrs import define, evolve, field
 
 from jobworker.client.address import Address
-from jobworker.client.calls import LARGE_BYTES, MOST_LOSSES, PATIENCE_SECONDS, Calls, _Tries
+from jobworker.client.calls import (
+    CONNECT_SECONDS,
+    LARGE_BYTES,
+    MOST_LOSSES,
+    PATIENCE_SECONDS,
+    Calls,
+    Dial,
+    _Tries,
+)
 from jobworker.client.client import Client
 from jobworker.client.rpc_connection import RpcConnectionLost
 from jobworker.errors import (
+    Busy,
     CertificateRefused,
     ConnectionFailed,
+    HostUnknown,
     JobworkerError,
     MessageTooLarge,
+    NoService,
     NotFound,
     ProtocolError,
     ShuttingDown,
 )
-from jobworker.model.job import JobId
+from jobworker.model.job import JobId, JobRecord
 from jobworker.protocol import messages as m
 
-from .memory_servers import RECORD, SPEC, Peer, Servers, served
+from .memory_servers import RECORD, SPEC, Peer, Servers, Wire, served
 
 UNCERTAIN = "the job may have been started"
 
@@ -295,3 +312,201 @@ async def test_error_of_the_server_is_no_reason_to_ask_again(autojump_clock: obj
     async with served(servers, PATIENCE_SECONDS) as client:
         with pytest.raises(NotFound):
             await client.job(7).status()
+
+
+# --- the task that keeps the connection -----------------------------------------------------
+
+
+@asynccontextmanager
+async def kept(dial: Dial, **options: Any) -> AsyncIterator[Calls]:
+    """Calls whose task has its first connection."""
+    calls = Calls(address=Address("host", 5000), dial=dial, **options)
+    refusal: JobworkerError | None = None
+    async with trio.open_nursery() as nursery:
+        try:  # out of the nursery, which would wrap it
+            await nursery.start(calls.serve)
+        except JobworkerError as error:
+            refusal = error
+        else:
+            yield calls
+            await calls.aclose(goodbye=False)
+        nursery.cancel_scope.cancel()
+    if refusal is not None:
+        raise refusal
+
+
+async def ask(calls: Calls) -> JobRecord:
+    return await calls.call("job.wait", m.JobParams(id=JobId(7)), JobRecord)
+
+
+@define(eq=False)
+class Refusing:
+    """Dials servers in memory; later attempts are refused in turn, and noted."""
+
+    servers: Servers
+    refusals: list[JobworkerError] = field(factory=list)
+    at: list[float] = field(factory=list)
+
+    async def dial(self, *, task_status: trio.TaskStatus[object]) -> None:
+        self.at.append(trio.current_time())
+        if len(self.at) > 1 and self.refusals:
+            raise self.refusals.pop(0)
+        await self.servers.dial(task_status=task_status)
+
+
+async def hang_up(peer: Peer) -> None:
+    await hang_up_after(peer, 0)
+
+
+@pytest.fixture
+def full_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pause is as long as it may be."""
+    monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
+
+
+async def test_pauses_between_attempts_double_to_a_bound(
+    autojump_clock: object, full_pauses: None
+) -> None:
+    busy: list[JobworkerError] = [
+        Busy("cannot serve you"),
+        *[ConnectionFailed("cannot connect")] * 8,
+    ]
+    line = Refusing(Servers([hang_up, answer]), busy)
+    async with kept(line.dial) as calls:
+        await trio.sleep(1)
+        assert (await ask(calls)).id == RECORD.id
+    pauses = [after - before for before, after in pairwise(line.at[1:])]
+    assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5])
+
+
+async def test_lost_connection_is_told_once_it_is_wanted(autojump_clock: object) -> None:
+    lost = list[JobworkerError]()
+    line = Refusing(Servers([hang_up, answer]))
+    async with kept(line.dial, on_lost=lost.append) as calls:
+        await trio.sleep(60)
+        assert not lost
+        await ask(calls)
+    assert [error.message for error in lost] == ["cannot go on: the connection broke"]
+
+
+async def test_connection_that_was_wanted_once_is_not_made_again_for_nobody(
+    autojump_clock: object,
+) -> None:
+    async def answer_once(peer: Peer) -> None:
+        peer.reply(await peer.call(), RECORD)
+        peer.hang_up()
+
+    line = Refusing(Servers([hang_up, answer_once, answer_once, answer]))
+    async with kept(line.dial) as calls:
+        await ask(calls)
+        await trio.sleep(60)
+        assert len(line.at) == 2
+        await ask(calls)
+        assert len(line.at) == 3
+
+
+async def test_tasks_get_errors_of_their_own(autojump_clock: object) -> None:
+    """The traceback of one that all raise would grow."""
+    raised = list[ConnectionFailed]()
+    line = Refusing(Servers([hang_up]))
+    async with kept(line.dial, patience_seconds=1) as calls, trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            with pytest.raises(ConnectionFailed) as failed:
+                await ask(calls)
+            raised.append(failed.value)
+
+        for _ in range(2):
+            nursery.start_soon(fail)
+    assert raised[0] is not raised[1]
+    assert str(raised[0]) == str(raised[1])
+
+
+async def test_without_patience_every_later_call_raises_what_was_lost(
+    autojump_clock: object,
+) -> None:
+    line = Refusing(Servers([hang_up, answer]))
+    async with kept(line.dial, patience_seconds=0) as calls:
+        for _ in range(2):
+            with trio.fail_after(60), pytest.raises(ConnectionFailed, match="connection broke"):
+                await ask(calls)
+    assert len(line.at) == 1
+
+
+@pytest.mark.parametrize("kind", [HostUnknown, NoService])
+async def test_start_patience_is_for_what_a_restart_may_cause(
+    autojump_clock: object, kind: type[JobworkerError]
+) -> None:
+    refused, began = list[JobworkerError](), trio.current_time()
+
+    async def dial(*, task_status: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise kind("cannot connect")
+
+    with pytest.raises(kind):
+        async with kept(dial, start_patience_seconds=9, on_refused=refused.append):
+            pytest.fail("there is no connection")
+    assert trio.current_time() == began
+    assert not refused
+
+
+async def test_server_that_does_not_answer_is_given_up(autojump_clock: object) -> None:
+    async def dial(*, task_status: object) -> None:
+        await trio.sleep_forever()
+
+    began = trio.current_time()
+    with pytest.raises(ConnectionFailed, match="to host:5000: no answer within 10 s"):
+        async with kept(dial):
+            pytest.fail("there is no connection")
+    assert trio.current_time() - began == pytest.approx(CONNECT_SECONDS)
+
+
+async def dismiss(peer: Peer) -> None:
+    """The server ends the connection for its certificate's sake."""
+    await peer.call()
+    lost = CertificateRefused("cannot go on: it is revoked", remedy="ask for a new one")
+    peer.to_client.send_nowait(peer.session.error(None, lost))
+
+
+@pytest.mark.parametrize(
+    ("again", "words"),
+    [
+        (
+            "cannot connect: it is unknown",
+            "cannot go on: it is revoked; connecting again: it is unknown",
+        ),
+        ("cannot go on: it is revoked", "cannot go on: it is revoked"),
+    ],
+)
+async def test_reason_of_a_dismissal_is_told_with_that_of_the_next_refusal(
+    autojump_clock: object, again: str, words: str
+) -> None:
+    line = Refusing(
+        Servers([dismiss]), [CertificateRefused(again, remedy="wait") for _ in range(3)]
+    )
+    async with kept(line.dial) as calls:
+        with pytest.raises(CertificateRefused) as refused:
+            await ask(calls)
+    assert refused.value.message == words
+
+
+async def test_refusal_after_another_loss_is_told_alone(autojump_clock: object) -> None:
+    line = Refusing(Servers([hang_up]), [CertificateRefused("cannot connect: it is revoked")])
+    async with kept(line.dial) as calls:
+        with pytest.raises(CertificateRefused, match=r"^cannot connect: it is revoked$"):
+            await ask(calls)
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_closed_client_dials_no_more(autojump_clock: object, *, goodbye: bool) -> None:
+    line = Refusing(Servers([answer, answer]))
+    async with kept(line.dial) as calls:
+        rpc = calls._rpc
+        assert rpc is not None
+        await calls.aclose(goodbye=goodbye)
+        for _ in range(2):
+            with trio.fail_after(60), pytest.raises(ConnectionFailed, match="client is closed"):
+                await ask(calls)
+        await trio.sleep(60)
+    assert len(line.at) == 1
+    assert cast(Wire, rpc.connection).goodbyes == (1 if goodbye else 0)

@@ -97,7 +97,7 @@ async def test_closing_frame_says_what_the_client_may_do(
         await open_one.send("message")
     for told in (received.value, sent.value):
         assert type(told) is kind
-        assert told.message.endswith(words) or words in told.message
+        assert told.message.endswith(words)
         assert "certificate_refused" not in told.message
         assert told.__suppress_context__
     assert open_one.is_ended is ended
@@ -167,6 +167,7 @@ async def test_unreachable_server_is_told_why(
         await serve_connection(ADDRESS, ssl.create_default_context())
     assert type(told.value) is kind
     assert words in told.value.message
+    assert told.value.message.count("refused") <= 1
     assert "WORKER_SERVER" in told.value.remedy
 
 
@@ -238,6 +239,7 @@ def answering(
         (Rejected(503, b"x" * 300), NoService, "HTTP 503: " + "x" * 200),
         (Rejected(403, b"\xff{"), NoService, "HTTP 403: \ufffd{"),
         (Rejected(403, b'{"error": 5}'), NoService, "HTTP 403"),
+        (Rejected(403, b"[1]"), NoService, "HTTP 403: [1]"),
         (Rejected(403, b'{"error": {"code": true, "message": "m"}}'), NoService, "HTTP 403"),
         (Rejected(403, b'{"error": {"code": 1002, "message": 5}}'), NoService, "HTTP 403"),
         (

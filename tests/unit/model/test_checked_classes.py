@@ -66,7 +66,7 @@ def test_valid_values_are_taken() -> None:
 
 def test_values_are_given_by_name() -> None:
     with pytest.raises(InvalidParams, match=r"^cannot make a Made: give its values by name$"):
-        Made("a")  # type: ignore[misc]
+        Made("a")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

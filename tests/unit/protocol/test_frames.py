@@ -62,6 +62,7 @@ def test_another_implementation_reads_the_same(start: bytes, payload: bytes) -> 
     reader = FrameProtocol(client=True, extensions=[])
     reader.receive_bytes(b"".join(frame_binary(start, payload)))
     (frame,) = reader.received_frames()
+    assert isinstance(frame.payload, bytes | bytearray)
     assert (bytes(frame.payload), frame.message_finished) == (start + payload, True)
 
 

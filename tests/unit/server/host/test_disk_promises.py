@@ -1,5 +1,6 @@
 """Disk promises: whether the host has room for all that jobs' disks may take."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -54,7 +55,7 @@ def test_free_bytes_are_those_of_an_unprivileged_user(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     status = SimpleNamespace(f_bavail=5, f_bfree=9, f_frsize=1024, f_bsize=4096)
-    monkeypatch.setattr(disk_promises.os, "statvfs", {tmp_path: status}.__getitem__)
+    monkeypatch.setattr(os, "statvfs", {tmp_path: status}.__getitem__)
     assert free_bytes(tmp_path) == 5 * 1024
 
 

@@ -1,6 +1,8 @@
 """The ids of a service and its jobs: no other service, process, user or namespace has them."""
 
+import grp
 import os
+import pwd
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -142,7 +144,12 @@ def test_lock_lasts_as_long_as_a_duplicate_of_it(host: Host) -> None:
 
 def test_service_that_exits_is_waited_for(host: Host, keep: Keep) -> None:
     first = lock_ids(settings(FIRST))
-    host.on_sleep = lambda: (os.close(first.descriptor), setattr(host, "on_sleep", lambda: None))
+
+    def leave() -> None:
+        os.close(first.descriptor)
+        host.on_sleep = lambda: None
+
+    host.on_sleep = leave
     assert keep(lock_ids(settings(FIRST))) == FIRST
 
 
@@ -309,10 +316,12 @@ def test_users_and_groups_of_the_host_are_known(monkeypatch: pytest.MonkeyPatch)
     def missing(_: int) -> None:
         raise KeyError
 
-    assert id_ranges._is_known(0)
-    monkeypatch.setattr(id_ranges.pwd, "getpwuid", missing)
+    with monkeypatch.context() as patch:
+        patch.setattr(grp, "getgrgid", missing)
+        assert id_ranges._is_known(0), "a user"
+    monkeypatch.setattr(pwd, "getpwuid", missing)
     assert id_ranges._is_known(0), "a group"
-    monkeypatch.setattr(id_ranges.grp, "getgrgid", missing)
+    monkeypatch.setattr(grp, "getgrgid", missing)
     assert not id_ranges._is_known(0)
 
 
@@ -320,9 +329,16 @@ def test_processes_have_their_own_id_and_what_their_namespaces_map(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a played /proc: nothing but root's own, a user's, a namespace's and one that ended."""
-    whole = "         0          0 4294967295\n"
-    maps = {"1": whole, "2": whole, "3": "0 100000 65536\n65536 5 2\n", "self": whole, "4": None}
-    owners = {"1": 0, "2": 1000, "3": 100_000, "4": 2000}
+    whole, own = "         0          0 4294967295\n", "0 900000 65536\n"
+    maps = {
+        "1": own,
+        "2": own,
+        "6": whole,
+        "3": "0 100000 65536\n65536 5 2\n",
+        "self": own,
+        "4": None,
+    }
+    owners = {"1": 0, "2": 1000, "3": 100_000, "4": 2000, "6": 0}
     other = "         0          0 65536\n1000 2000 1\n"
     maps["5"], owners["5"] = other, 0
 
@@ -341,8 +357,8 @@ def test_processes_have_their_own_id_and_what_their_namespaces_map(
             self.st_uid = uid
 
     monkeypatch.setattr(id_ranges, "Path", ProcPath)
-    monkeypatch.setattr(id_ranges.os, "listdir", lambda _: [*owners, "cmdline", "self"])
-    monkeypatch.setattr(id_ranges.os, "stat", lambda path: Status(owners[path.rpartition("/")[2]]))
+    monkeypatch.setattr(os, "listdir", lambda _: [*owners, "cmdline", "self"])
+    monkeypatch.setattr(os, "stat", lambda path: Status(owners[path.rpartition("/")[2]]))
     assert list(id_ranges._users()) == [
         (2, IdRange(1000, 1000)),
         (3, IdRange(100_000, 100_000)),

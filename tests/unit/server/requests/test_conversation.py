@@ -10,7 +10,6 @@ from typing import cast
 import pytest
 import trio
 import trio.testing
-from attrs import evolve
 
 from jobworker.config.limits import ConnectionLimits
 from jobworker.config.roles import role_table
@@ -46,6 +45,8 @@ from jobworker.server.requests.read_backpressure import ReadBackpressure
 from ...strategies import record
 from .played_socket import NAME, PlayedSocket, client
 
+NO_PINGS = ConnectionLimits(ping_interval="0")
+TWO_REQUESTS = ConnectionLimits(ping_interval="0", max_requests_in_flight=2)
 LONG = "x" * (LARGE_BYTES + 1)
 PLAN = {"job": {"command": ["any"]}}
 LARGE_PLAN = {"job": {"command": ["any", LONG]}}
@@ -54,7 +55,9 @@ LARGE_PLAN = {"job": {"command": ["any", LONG]}}
 class Talk:
     """A conversation, its client, and operations that a test plays."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, role: str, **limits: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, role: str, limits: ConnectionLimits | None
+    ) -> None:
         self.socket, self.client = PlayedSocket(), client(role)
         active_clients = ActiveClients()
         self.context = OperationContext(
@@ -67,7 +70,7 @@ class Talk:
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=5,
-            limiter=ConnectionLimiter(evolve(ConnectionLimits(ping_interval="0"), **limits)),
+            limiter=ConnectionLimiter(limits or NO_PINGS),
             active_clients=active_clients,
             send_budget=SendBudget(active_clients),
             waits=WaitQuota(10),
@@ -127,8 +130,8 @@ TalkOf = Callable[..., Talk]
 
 @pytest.fixture
 def talk_of(monkeypatch: pytest.MonkeyPatch) -> TalkOf:
-    def make(role: str = "admin", **limits: int) -> Talk:
-        return Talk(monkeypatch, role, **limits)
+    def make(role: str = "admin", limits: ConnectionLimits | None = None) -> Talk:
+        return Talk(monkeypatch, role, limits)
 
     return make
 
@@ -269,7 +272,7 @@ async def test_denied_call_is_audited_as_one(talk_of: TalkOf) -> None:
 
 
 async def test_one_request_too_many_is_a_limit_and_not_malformed(talk_of: TalkOf) -> None:
-    talk = talk_of(max_requests_in_flight=2)
+    talk = talk_of(limits=TWO_REQUESTS)
     talk.hold("job.wait", Encoded("{}"))
     async with talk.served_in_background():
         for id_ in range(3):
@@ -292,7 +295,7 @@ async def test_one_subscription_too_many_is_a_limit(talk_of: TalkOf) -> None:
 
 
 async def test_reader_waits_while_too_many_replies_are_not_taken(talk_of: TalkOf) -> None:
-    talk = talk_of(max_requests_in_flight=2)
+    talk = talk_of(limits=TWO_REQUESTS)
     talk.socket.takes = trio.Event()
     async with talk.served_in_background():
         for id_ in range(20):
@@ -305,7 +308,7 @@ async def test_reader_waits_while_too_many_replies_are_not_taken(talk_of: TalkOf
 
 
 async def test_reader_waits_while_too_many_notifications_are_served(talk_of: TalkOf) -> None:
-    talk = talk_of(max_requests_in_flight=2)
+    talk = talk_of(limits=TWO_REQUESTS)
     done = talk.hold("job.wait", Encoded("{}"))
     async with talk.served_in_background():
         for _ in range(20):

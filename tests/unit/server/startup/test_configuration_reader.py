@@ -188,18 +188,16 @@ async def test_no_descriptor_is_left(process: ReaderProcess, config: Path) -> No
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_every_file_of_the_configuration_is_read_from_where_it_says(certs: Path) -> None:
-    security = Settings().security
-    for name in ("ca_cert", "server_cert", "server_key", "crl"):
-        with pytest.raises(CredentialsUnusable, match="/nowhere"):
-            configured_files(named(security, certs, **{name: "/nowhere"}))
-
-
-def named(security: SecuritySettings, certs: Path, **other: str) -> SecuritySettings:
-    paths = {
-        "ca_cert": f"{certs}/ca-cert.pem",
-        "server_cert": f"{certs}/server-cert.pem",
-        "server_key": f"{certs}/server-key.pem",
-        "crl": f"{certs}/ca-crl.pem",
-    }
-    return evolve(security, **{**paths, **other})
+@pytest.mark.parametrize("name", ["ca_cert", "server_cert", "server_key", "crl"])
+def test_every_file_of_the_configuration_is_read_from_where_it_says(certs: Path, name: str) -> None:
+    security = evolve(
+        SecuritySettings(),
+        ca_cert=f"{certs}/ca-cert.pem",
+        server_cert=f"{certs}/server-cert.pem",
+        server_key=f"{certs}/server-key.pem",
+        crl=f"{certs}/ca-crl.pem",
+    )
+    assert configured_files(security).crl is not None
+    object.__setattr__(security, name, "/nowhere")
+    with pytest.raises(CredentialsUnusable, match="/nowhere"):
+        configured_files(security)
