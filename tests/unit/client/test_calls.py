@@ -57,6 +57,7 @@ def test_request_that_may_have_arrived_once_stays_so() -> None:
     assert not tries.may_have_been_done
     tries.lose(lost(BROKE), "job.status")
     tries.report_asked(False)
+    tries.lose(lost(BROKE, sent=False), "job.wait")
     assert told == [False, True]
     assert tries.may_have_been_done
 

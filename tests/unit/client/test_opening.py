@@ -207,6 +207,29 @@ async def test_what_a_callback_raises_ends_the_block_and_comes_out(
     assert caught.value is raised
 
 
+async def test_what_a_callback_raises_ends_a_block_that_calls_nothing(
+    opened: Opened, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def hang_up(peer: Peer) -> None:
+        await trio.lowlevel.checkpoint()
+        peer.hang_up()
+
+    def on_lost(_: JobworkerError) -> None:
+        raise ValueError("mine")
+
+    async def call(client: Client) -> None:
+        with suppress(JobworkerError):
+            await client.job(7).wait()
+
+    async def use() -> None:
+        async with opened(hang_up, on_lost=on_lost) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(call, client)
+            await trio.sleep_forever()
+
+    with trio.fail_after(60), pytest.raises(ValueError, match="mine"):
+        await use()
+
+
 async def test_client_that_has_no_patience_does_not_dial_again(opened: Opened) -> None:
     async def hang_up(peer: Peer) -> None:
         await trio.lowlevel.checkpoint()

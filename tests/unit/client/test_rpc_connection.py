@@ -2,23 +2,28 @@
 
 import gc
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import cast
 
 import pytest
 import trio
-from attrs import evolve
+from attrs import define, evolve, field
 from trio.testing import wait_all_tasks_blocked
 
 from jobworker.client.dial import Connection
-from jobworker.client.rpc_connection import RpcConnection
+from jobworker.client.rpc_connection import WORD_SECONDS, RpcConnection, RpcConnectionLost
 from jobworker.errors import (
     ConnectionFailed,
+    JobworkerError,
+    MessageTooLarge,
     NotFound,
     ProtocolError,
 )
 from jobworker.model.job import JobId, JobRecord, JobStatus
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
+from jobworker.protocol.session import Reply
 
 from .memory_servers import (
     RECORD,
@@ -233,3 +238,196 @@ async def test_output_that_was_left_half_way_is_ended_with_the_next_message() ->
         gc.collect()
         peer.output(1, 5, b"second")
         assert (await peer.call()).params == m.SubscriptionParams(subscription=1)
+
+
+# --- one connection by itself ---------------------------------------------------------------
+
+BROKE = ConnectionFailed("it broke", remedy="connect again", data={"a": 1})
+Done = JobRecord | JobworkerError | RpcConnectionLost
+
+
+@define(eq=False)
+class Line:
+    """A connection whose sends a test allows or breaks, and on which it says what is received."""
+
+    is_ended: bool = False
+    fault: JobworkerError | None = None
+    takes: trio.Event = field(factory=trio.Event)
+    sent: list[str] = field(factory=list)
+    told: trio.Event = field(factory=trio.Event)
+    word: JobworkerError = BROKE
+
+    async def send(self, message: str) -> None:
+        self.sent.append(json.loads(message)["method"])
+        await self.takes.wait()
+        if self.fault is not None:
+            raise self.fault
+
+    async def receive(self) -> str:
+        await self.told.wait()
+        raise self.word
+
+
+@define(eq=False)
+class Caller:
+    """A connection with its calls: what came of each, and whether a server may have it."""
+
+    line: Line
+    rpc: RpcConnection
+    nursery: trio.Nursery
+    done: dict[str, Done] = field(factory=dict)
+    sent: dict[str, list[bool]] = field(factory=dict)
+
+    async def call(self, name: str) -> None:
+        """Make a call, and wait until nothing more happens."""
+        told = self.sent.setdefault(name, [])
+
+        async def call() -> None:
+            params = m.ListParams(name=name)
+            try:
+                await self.rpc.call("job.list", params, m.ListResult, told.append)
+            except (JobworkerError, RpcConnectionLost) as error:
+                self.done[name] = error
+
+        self.nursery.start_soon(call)
+        await wait_all_tasks_blocked()
+
+    def lost(self, name: str) -> RpcConnectionLost:
+        """The loss that a call has met."""
+        lost = self.done[name]
+        assert isinstance(lost, RpcConnectionLost)
+        return lost
+
+
+@asynccontextmanager
+async def calling() -> AsyncIterator[Caller]:
+    line = Line()
+    rpc = RpcConnection(cast(Connection, line))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rpc.serve_writer)
+        nursery.start_soon(rpc.serve_reader)
+        yield Caller(line, rpc, nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def test_loss_says_what_the_server_may_have() -> None:
+    async with calling() as caller:
+        await caller.call("ä" * 9)
+        await caller.call("queued")
+        caller.rpc.lose(BROKE)
+        await wait_all_tasks_blocked()
+        first, queued = caller.lost("ä" * 9), caller.lost("queued")
+        assert (first.sent, first.broke) == (True, True)
+        assert (queued.sent, queued.broke) == (False, False)
+        assert first.size - queued.size == 2 * 9 - len("queued"), "in bytes"
+        assert caller.sent == {"ä" * 9: [True], "queued": []}
+        for lost in (first, queued):
+            assert lost.reason is not BROKE
+            assert str(lost.reason) == str(BROKE)
+
+
+async def test_server_that_had_announced_its_end_broke_no_call() -> None:
+    async with calling() as caller:
+        await caller.call("sent")
+        caller.line.is_ended = True
+        caller.rpc.lose(BROKE)
+        await wait_all_tasks_blocked()
+        assert (caller.lost("sent").sent, caller.lost("sent").broke) == (True, False)
+
+
+async def test_call_on_a_lost_connection_is_not_sent() -> None:
+    async with calling() as caller:
+        caller.rpc.lose(BROKE)
+        caller.rpc.lose(ConnectionFailed("later"))
+        await caller.call("late")
+        lost = caller.lost("late")
+        assert (lost.sent, lost.broke, str(lost.reason)) == (False, False, str(BROKE))
+        caller.rpc._grant(1, 5)
+        await wait_all_tasks_blocked()
+        assert caller.line.sent == []
+
+
+async def test_request_that_was_not_sent_whole_is_not_the_servers(autojump_clock: object) -> None:
+    async with calling() as caller:
+        caller.line.fault = ConnectionFailed("cannot send")
+        await caller.call("cut off")
+        began = trio.current_time()
+        caller.line.takes.set()
+        await caller.rpc.lost.wait()
+        await wait_all_tasks_blocked()
+        assert trio.current_time() - began == pytest.approx(WORD_SECONDS)
+        assert caller.sent == {"cut off": [True, False]}
+        assert caller.lost("cut off").sent is False
+        assert str(caller.lost("cut off").reason) == "cannot send"
+
+
+async def test_servers_word_counts_more_than_the_failed_send(autojump_clock: object) -> None:
+    async with calling() as caller:
+        caller.line.fault, caller.line.word = ConnectionFailed("cannot send"), NotFound("its word")
+        await caller.call("cut off")
+        caller.line.takes.set()
+        await wait_all_tasks_blocked()
+        caller.line.told.set()
+        await wait_all_tasks_blocked()
+        assert str(caller.lost("cut off").reason) == "its word"
+        assert caller.lost("cut off").sent is False
+
+
+async def test_largest_request_is_the_one_that_was_too_large() -> None:
+    async with calling() as caller:
+        for name in ("small", "l" * 100, "other"):
+            await caller.call(name)
+        caller.rpc.lose(MessageTooLarge("at most 99"))
+        await wait_all_tasks_blocked()
+        refused = caller.done["l" * 100]
+        assert isinstance(refused, MessageTooLarge)
+        assert "(at most 99); it was not executed" in refused.message
+        for name in ("small", "other"):
+            assert isinstance(caller.lost(name).reason, ConnectionFailed)
+            assert "ended for a message's size: at most 99" in str(caller.lost(name).reason)
+
+
+async def test_reply_that_came_before_the_loss_counts() -> None:
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+        got = list[JobRecord]()
+
+        async def ask() -> None:
+            got.append(await client.job(7).status())
+
+        nursery.start_soon(ask)
+        peer.reply(await peer.call(), RECORD)
+        peer.hang_up()
+        await wait_all_tasks_blocked()
+        assert [record.id for record in got] == [RECORD.id]
+
+
+async def test_subscription_of_a_reply_that_came_with_the_cancellation_is_ended() -> None:
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+        rpc, scope = client._calls._rpc, trio.CancelScope()
+        assert rpc is not None
+
+        async def ask() -> None:
+            with scope:
+                await rpc.call("job.log", m.LogParams(id=JobId(7)), m.LogResult)
+
+        nursery.start_soon(ask)
+        call = await peer.call()
+        assert call.id is not None
+        scope.cancel()
+        rpc._dispatch(Reply(1, m.LogResult(subscription=1, offset=0), None))
+        assert (await peer.call()).params == m.SubscriptionParams(subscription=1)
+        assert rpc._inboxes == {}
+
+
+async def test_request_that_was_dropped_before_it_was_sent_leaves_nothing() -> None:
+    async with calling() as caller:
+        await caller.call("first")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await caller.rpc.call("job.list", m.ListParams(), m.ListResult)
+        assert len(caller.rpc._pending) == 1, "it is not even queued"
+        with trio.move_on_after(0.01):
+            await caller.rpc.call("job.list", m.ListParams(), m.ListResult)
+        caller.line.takes.set()
+        await wait_all_tasks_blocked()
+        assert len(caller.rpc._pending) == len(caller.rpc._session._methods) == 1

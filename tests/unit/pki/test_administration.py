@@ -73,6 +73,8 @@ def test_new_authority_has_its_certificates_in_the_index_and_an_empty_list(offic
     ]
     issued = [read(office.directory, stem).serial_number for stem in CERTIFICATES[1:]]
     assert [int(serial, 16) for serial in entries] == issued
+    hosts = next(iter(entries.values())).hosts
+    assert hosts == ("localhost", "127.0.0.1", "::1", "worker1.example.org", "192.0.2.7")
     assert office.revoked() == set()
     assert office.number_of_list() == 1
 
@@ -281,6 +283,15 @@ def test_certificate_is_revoked_by_its_file_also_without_the_index(
     assert int(gone.serial, 16) == serial
     assert office.revoked() == {serial}
     assert office.entries()[gone.serial].revoked_at == LATER
+
+
+def test_later_revocation_keeps_the_earlier_ones_also_without_the_index(office: Office) -> None:
+    revoke(office.directory, office.authority, "viewer-client", now=NOW)
+    before = office.revoked()
+    (office.directory / INDEX).unlink()
+    path = office.directory / "admin-client-cert.pem"
+    revoke(office.directory, office.authority, path, now=LATER)
+    assert office.revoked() > before
 
 
 def test_file_revokes_its_certificate_alone(office: Office) -> None:
