@@ -1,16 +1,19 @@
 """A job's output as it arrives: credit, order, end and errors."""
 
+import gc
+from typing import Any
+
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from jobworker.client.following import WINDOW_BYTES
-from jobworker.errors import (
-    NotFound,
-)
+from jobworker.client.following import WINDOW_BYTES, Following, Inbox
+from jobworker.errors import ConnectionFailed, InternalError, NotFound
+from jobworker.model.job import Stream
 from jobworker.protocol import messages as m
+from jobworker.protocol.session import Output
 
-from .memory_servers import RECORD, connected, opened
+from .memory_servers import NOW, RECORD, connected, opened
 
 
 async def test_slow_consumer_delays_no_reply_and_is_granted_what_it_takes() -> None:
@@ -91,3 +94,98 @@ async def test_output_that_the_server_could_not_send_raises_after_what_came() ->
             await anext(output)
         with pytest.raises(StopAsyncIteration):
             await anext(output)
+
+
+# --- a followed output by itself ------------------------------------------------------------
+
+
+class Followed:
+    """A subscription, and what it tells the connection."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.inbox = Inbox.make()
+        self.told = list[object]()
+        self.output = Following(
+            inbox=self.inbox,
+            grant=lambda count: self.told.append(("grant", count)),
+            forget=lambda ended: self.told.append(("forget", ended)),
+            drop=lambda: self.told.append("drop"),
+            **fields,
+        )
+
+    def come(self, data: bytes, offset: int = 0, stream: Stream = Stream.STDOUT) -> None:
+        header = m.OutputHeader(subscription=1, stream=stream, offset=offset, time=NOW)
+        self.inbox.put(Output(header, data))
+
+    def end(self, offset: int = 0, **error: str) -> None:
+        end = m.OutputEnd(subscription=1, offset=offset, job=RECORD, error=error or None)
+        self.inbox.put(end)
+
+
+async def test_open_subscription_is_forgotten_once() -> None:
+    followed = Followed()
+    followed.output.close()
+    followed.output.close()
+    assert followed.told == [("forget", False)]
+    followed.come(b"late")
+    assert followed.output.receive_nowait() is None
+    del followed.output
+    gc.collect()
+    assert followed.told == [("forget", False)]
+
+
+async def test_ended_subscription_needs_no_goodbye() -> None:
+    followed = Followed()
+    followed.end(5)
+    with pytest.raises(StopAsyncIteration):
+        await anext(followed.output)
+    assert (followed.output.offset, followed.output.record) == (5, RECORD)
+    followed.output.close()
+    assert followed.told == [("forget", True)]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_output_that_is_dropped_is_marked_unless_it_has_ended(*, ended: bool) -> None:
+    followed = Followed()
+    if ended:
+        followed.end()
+        with pytest.raises(StopAsyncIteration):
+            await anext(followed.output)
+    del followed.output
+    gc.collect()
+    assert followed.told == ([] if ended else ["drop"])
+
+
+async def test_error_of_the_connection_is_raised_at_each_call_as_a_copy() -> None:
+    followed, lost = Followed(), ConnectionFailed("it broke", remedy="again", data={"a": 1})
+    followed.inbox.put(lost)
+    for _ in range(2):
+        assert followed.output.receive_nowait() is None
+        with pytest.raises(ConnectionFailed) as raised:
+            await anext(followed.output)
+        assert raised.value is not lost
+        assert (str(raised.value), raised.value.data) == (str(lost), {"a": 1})
+
+
+async def test_chunk_that_was_read_ahead_comes_first() -> None:
+    followed = Followed()
+    followed.end(3)
+    assert followed.output.receive_nowait() is None
+    with pytest.raises(StopAsyncIteration):
+        await anext(followed.output)
+
+
+async def test_start_of_a_stream_is_kept_until_its_first_chunk() -> None:
+    starts = tuple(m.StreamStart(stream=stream, offset=3) for stream in Stream)
+    followed = Followed(starts=starts)
+    followed.come(b"abc", 5, Stream.STDERR)
+    assert (await anext(followed.output)).stream is Stream.STDERR
+    assert followed.output.offset == 8
+    assert [start.stream for start in followed.output.starts] == [Stream.STDOUT]
+
+
+async def test_unknown_error_of_the_server_is_an_internal_one() -> None:
+    followed = Followed()
+    followed.end(3, name="of a later version", message="cannot go on")
+    with pytest.raises(InternalError, match="cannot go on"):
+        await anext(followed.output)
