@@ -271,6 +271,35 @@ async def test_removed_job_is_found_by_nothing(opened: History, tmp_path: Path) 
             assert connection.execute(f"SELECT count(*) FROM {table}").get == 0
 
 
+@pytest.mark.parametrize("padding", [0, 240], ids=["in the summary", "in the request alone"])
+async def test_labels_of_a_removed_job_go_whatever_they_contain(
+    opened: History, tmp_path: Path, padding: int
+) -> None:
+    """The history removes them by what SQLite reads of the JSON."""
+    odd = ['"', "\\", "'", "é", "\U0001f600", "a/b", "\\u0041", "$.x", "[0]", "#-1", "1", "x y"]
+    labels = {f"a.b/{n}": f"{part}{'v' * padding}" for n, part in enumerate(odd)}
+    spec = JobSpec(command=("true",), name="n", labels=labels)
+    await opened.put(record(1, spec=spec))
+    await opened.put(record(2, spec=spec))
+    await opened.remove(record(1).id)
+    with closing(apsw.Connection(str(tmp_path / "history.db"))) as connection:
+        left = connection.execute("SELECT job, count(*) FROM labels GROUP BY job").fetchall()
+    assert left == [(2, len(labels) + 1)]
+
+
+async def test_request_of_a_removed_job_is_not_decoded(opened: History, tmp_path: Path) -> None:
+    """The thread that writes would decode it, while all other writes wait: this one could not."""
+    many = {f"V{number}": "x" * 90 for number in range(100)}
+    spec = JobSpec(command=("true",), labels={"a": "b"}, environment=many)
+    await opened.put(record(1, spec=spec))
+    with closing(apsw.Connection(str(tmp_path / "history.db"))) as connection:
+        connection.execute("UPDATE specs SET spec = json_set(spec, '$.environment', 'x')")
+    await opened.remove(record(1).id)
+    with closing(apsw.Connection(str(tmp_path / "history.db"))) as connection:
+        for table in ("jobs", "labels", "specs"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").get == 0
+
+
 async def test_large_request_is_written_once(opened: History, tmp_path: Path) -> None:
     """A megabyte of variables was written anew for each change of the record."""
     spec = JobSpec(command=("true",), environment={f"V{n}": "x" * 1000 for n in range(1000)})
