@@ -69,8 +69,12 @@ class LiveRecord:
         self.note(why)
 
     def note_removal_of_output(self, when: datetime) -> None:
-        """Note in memory that the output of an ended job was removed at this time."""
-        self.record = evolve(self.record, output_removed_at=when)
+        """Note in memory that the output of an ended job was removed at this time.
+
+        If an earlier removal is noted, its time stays: clients may have been told of it.
+        """
+        if self.record.output_removed_at is None:
+            self.record = evolve(self.record, output_removed_at=when)
 
     def note_stop(self, seconds_ago: float = 0.0) -> None:
         """Note when a client first asked for the job's end, if none is noted yet."""

@@ -230,3 +230,10 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     assert ended.ended_at is not None
     ran = (ended.ended_at - ended.started_at).total_seconds()
     assert abs(ran - (8 - seconds_ago)) < 0.1, "as long as the launcher says"
+
+
+async def test_removal_of_output_keeps_its_first_time(live: LiveRecord) -> None:
+    """The history may refuse the record, and then each look finds the removal again."""
+    live.note_removal_of_output(NOON)
+    live.note_removal_of_output(NOON + timedelta(seconds=1))
+    assert live.record.output_removed_at == NOON
