@@ -20,6 +20,7 @@ from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.sweep import prune
 
 from ..services import open_embedded
 from .conftest import until
@@ -276,7 +277,7 @@ async def test_output_that_is_put_back_beside_the_word_of_its_removal_counts(
     shutil.copytree(output, copy)
     kept = KeptOutput(output.parent)  # as `worker prune` has it
     kept.load()
-    assert kept.prune(RetentionPolicy(max_jobs=0))
+    assert prune(kept, RetentionPolicy(max_jobs=0))
     copy.rename(output)
     async with service_in(directory) as (_, wire):
         await assert_back(wire, jobs)

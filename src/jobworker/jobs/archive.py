@@ -11,14 +11,17 @@ mounted, or an administrator has moved or deleted the directory. A client that a
 told so, but no record changes: the output may come back with the directory.
 
 If a full disk refuses the record of a job's end, the archive takes the job all the same: its output
-may have to be removed so that the disk has space again. Until the record is written, the job's
-execution has it.
+may have to be removed so that the disk has space again (`removal_records`).
+
+A policy is applied in portions (`sweep`), and the archive records what each has removed. A task
+that waits for the lock or the thread goes before the next portion. So a job that ends gives its
+place back soon, and the end of the service waits for one portion.
 """
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -33,14 +36,16 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
 from jobworker.jobs.open_outputs import OpenOutputs
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.output.directory import disk_errors, was_removed
+from jobworker.jobs.output.directory import clear_marks, disk_errors, was_removed
 from jobworker.jobs.output.mover import OutputRoom
 from jobworker.jobs.output.pace import OutputPace
 from jobworker.jobs.output.spool import Spool
+from jobworker.jobs.removal_records import RemovalRecords
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy
-from jobworker.model.access import no_such_job
+from jobworker.jobs.sweep import PORTION_JOBS, Sweep
 from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.sandbox.channel import close_all
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -55,6 +60,9 @@ PAUSE_SECONDS = 1.0
 HEADROOM = 0.9
 """If space is short, output is removed down to this part of the limit, so that not every write has
 to look for space."""
+LARGE_BYTES = 16 << 20
+"""To close a removed file of this size may take ext4 a millisecond; the archive's thread leaves it
+to another one."""
 
 
 @define(eq=False, kw_only=True)
@@ -74,8 +82,7 @@ class Archive:
     _live: set[JobId] = field(factory=set, init=False)
     """Jobs that have not ended, or that `add` has not taken yet. The archive leaves their output
     and records alone."""
-    _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
-    """Ended jobs whose record may not be on the disk yet."""
+    _records: RemovalRecords = field(init=False)
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
     """Held while output is removed and records are changed: otherwise the record of a removal could
     bring a removed job back."""
@@ -83,10 +90,16 @@ class Archive:
     """The number of missing outputs that the log has named last."""
     _due: trio.Event = field(factory=trio.Event, init=False)
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
+    """Admits one thread to `_kept`. Jobs that end wait for it."""
+    _clearing: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
+    """Admits one thread that removes the marks of a sweep: rmdir(2) may take 3 ms for each."""
+    _large: list[int] = field(factory=list, init=False)
+    """Removed large files that are to be closed."""
     _pace: OutputPace = field(factory=OutputPace, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._outputs = OpenOutputs(self._max_open)
+        self._records = RemovalRecords(self._history)
         self._ages = AgeClock(self._spools.with_name(FILE))
         self._kept = KeptOutput(
             self._spools,
@@ -94,6 +107,7 @@ class Archive:
             clock_ns=self._ages.now_ns,
             steady_ns=self._ages.steady_ns,
             count=self.budget.keep,
+            close=self._close_removed,
         )
 
     def room_of(self, owner: str) -> OutputRoom:
@@ -110,7 +124,7 @@ class Archive:
         self._live.update(live)
         with_output = await self._history.with_output()
         await self._in_thread(partial(self._kept.load, live, with_output))
-        await self._in_thread(partial(self._ages.begin, self._kept.newest_ns))
+        await self._in_thread(partial(self._ages.begin, self._kept.last[0]))
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
 
@@ -145,7 +159,7 @@ class Archive:
         Until `forget`, its execution has its record.
         """
         job = execution.record.id
-        self._unsettled[job] = execution
+        self._records.take(execution)
         self._live.discard(job)
         self._outputs.count_followed(execution.spool, execution.record.owner)
         try:
@@ -157,8 +171,10 @@ class Archive:
             self._due.set()
 
     def forget(self, execution: Execution) -> None:
-        """From now on the history has the record of this job."""
-        self._unsettled.pop(execution.record.id, None)
+        """From now on the history alone has the record of this job."""
+        self._records.forget(execution.record.id)
+        if execution.record.output_removed_at is not None:
+            self._due.set()  # the mark may go now
 
     async def look_after(self, record: JobRecord) -> JobRecord:
         """The record of a job, which tells if the output of an ended job was removed or is missing.
@@ -171,34 +187,25 @@ class Archive:
         directory = self._spools / str(record.id)
         if await in_thread(_exists, directory):
             return record
-        async with self._removing:
+        async with self._alone():
             return await self._look_for_output(record, directory)
 
     async def _look_for_output(self, record: JobRecord, directory: Path) -> JobRecord:
-        """As `look_after`, for a directory that is not there; with `_removing` held."""
+        """As `look_after`, for a directory that is not there; within `_alone`."""
         job = record.id
         if job not in self._live:
-            record = await self._latest(job)
+            record = await self._records.latest(job)
         # Look for the mark after the directory: `worker prune` may rename it between the two.
         if record.output_removed_at is not None or await in_thread(_exists, directory):
             return record
-        removed = await in_thread(was_removed, directory)
+        removed, when = await in_thread(was_removed, directory), self._clock()
         if job not in self._live:  # for a live job `add` does this
-            with trio.CancelScope(shield=True):
-                await self._in_thread(partial(self._kept.drop, job, removed=removed))
-                if removed:
-                    return evolve(record, output_removed_at=await self._note_removals([job]))
-        elif removed:
-            return evolve(record, output_removed_at=self._clock())
+            await self._in_thread(partial(self._kept.drop, job, removed=removed))
+            if removed:
+                await self._clear(await self._records.note([job], when) or ())
+        if removed:
+            return evolve(record, output_removed_at=when)
         return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
-
-    async def _latest(self, job: JobId) -> JobRecord:
-        """The latest record of an ended job, from its execution or the history. Raises NotFound."""
-        unsettled = self._unsettled.get(job)
-        record = unsettled.record if unsettled else await self._history.summary(job)
-        if record is None:
-            raise no_such_job(job)
-        return record
 
     def reading(self, record: JobRecord) -> AbstractAsyncContextManager[Spool]:
         """Open an ended job's output, for the block and as long as a follower reads it.
@@ -238,35 +245,87 @@ class Archive:
         OutOfDescriptors.
         """
         goal = max(1, int(self.budget.max_bytes * HEADROOM))
-        fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
-        return fewer or self.budget.used_bytes < self.budget.max_bytes
+        before = self._kept.dropped
+        await self._sweep(evolve(self._policy, max_bytes=goal), None)
+        return self._kept.dropped > before or self.budget.used_bytes < self.budget.max_bytes
 
     async def prune(
-        self, policy: RetentionPolicy | None = None, *, only: Callable[[JobId], bool] | None = None
+        self, policy: RetentionPolicy | None = None, *, owner: str | None = None
     ) -> Sequence[EndedOutput]:
         """Remove the output that a policy does not keep. Returns what was removed.
 
-        `policy`: None is the configured one. `only`: which jobs' output may be removed; None: all.
-        Output that is being followed stays. Raises OutputError, OutOfDescriptors.
+        `policy`: None is the configured one. `owner`: only this owner's jobs; None: all. Output
+        that is being followed stays. If this is cancelled, the portion under way is finished.
+        Raises OutputError, OutOfDescriptors.
         """
-        _, gone = await self._sweep(policy or self._policy, only)
-        if gone:
-            log.info("removed the output of %d jobs", len(gone))
-        return gone
+        return await self._sweep(policy or self._policy, owner)
 
-    async def _sweep(
-        self, policy: RetentionPolicy, only: Callable[[JobId], bool] | None
-    ) -> tuple[bool, list[EndedOutput]]:
-        """Apply a policy. Returns whether any output has gone, and what the policy has removed.
+    async def _sweep(self, policy: RetentionPolicy, owner: str | None) -> list[EndedOutput]:
+        """Apply a policy, and record all removals, also those of other processes."""
+        late = list[JobId]()
+        async with self._alone():
+            marked = await self._in_thread(self._kept.look)
+        for start in range(0, len(marked), PORTION_JOBS):
+            part = marked[start : start + PORTION_JOBS]
+            await self._portion(partial(self._kept.find_removed, part), late)
+        begin = partial(
+            Sweep,
+            kept=self._kept,
+            policy=policy,
+            owner=owner,
+            live_bytes=lambda: self.budget.live_bytes,
+        )
+        sweep = await self._in_thread(begin)
+        self._log_missing()
+        try:
+            while not sweep.is_over:
+                await self._portion(sweep.portion, late)
+        finally:
+            if sweep.gone:
+                log.info("removed the output of %d jobs", len(sweep.gone))
+        while late:  # the removals may have made room for the records
+            part, refused = late[:PORTION_JOBS], list[JobId]()
+            del late[:PORTION_JOBS]
+            await self._portion(part.copy, refused)
+            if refused:
+                break
+        return sweep.gone
 
-        The first is also true if another process has removed output.
+    async def _portion(self, work: Callable[[], Sequence[JobId]], late: list[JobId]) -> None:
+        """Call `work`, which removes output or finds removed output, and record the removals.
+
+        Adds the jobs to `late` if the disk refuses the record, or has refused an earlier one.
         """
+        settled: Collection[JobId] | None = ()
+        async with self._alone():
+            removed = [job for job in await self._in_thread(work) if job not in self._live]
+            if removed and not late:
+                settled = await self._records.note(removed, self._clock())
+            if late or settled is None:
+                late += removed
+            if settled:
+                await self._in_thread(partial(self._kept.forget, settled))
+        if settled:  # a mark whose removal is recorded may stay for a while: nobody waits for this
+            with trio.CancelScope(shield=True):
+                await in_thread(clear_marks, self._spools, settled, limiter=self._clearing)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Remove output and change records in the block, which no cancellation interrupts."""
         async with self._removing:
             with trio.CancelScope(shield=True):  # the removals must be recorded
-                fewer, marked, gone = await self._in_thread(partial(self._prune, policy, only))
-                self._log_missing()
-                await self._note_removals([*(marked - self._live), *(kept.job for kept in gone)])
-        return fewer, gone
+                try:
+                    yield
+                finally:
+                    files, self._large = self._large, []
+                    if files:  # in a thread that no job's end waits for
+                        await in_thread(close_all, files)
+
+    def _close_removed(self, files: Sequence[int]) -> None:
+        """Close the files of removed output. The block of `_alone` closes the large ones."""
+        large = [file for file in files if os.fstat(file).st_size >= LARGE_BYTES]
+        self._large += large
+        close_all([file for file in files if file not in large])
 
     def _log_missing(self) -> None:
         if self._kept.missing > self._missing_told:
@@ -278,38 +337,6 @@ class Archive:
             )
         self._missing_told = self._kept.missing
 
-    def _prune(
-        self, policy: RetentionPolicy, only: Callable[[JobId], bool] | None
-    ) -> tuple[bool, frozenset[JobId], list[EndedOutput]]:
-        before = self._kept.dropped
-        marked = self._kept.look().marked
-        gone = self._kept.prune(policy, only=only, live_bytes=self.budget.live_bytes)
-        return self._kept.dropped > before, marked, gone
-
-    async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
-        """Record when the output of jobs was removed. Returns that time.
-
-        Changes the record in memory of an unsettled job, and that in the history of another one. If
-        the disk refuses, the marks stay, and a later call records the removals.
-        """
-        now = self._clock()
-        if not jobs:
-            return now
-        unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
-        for execution in unsettled:
-            execution.live_record.note_removal_of_output(now)
-        recorded = [job for job in jobs if job not in self._unsettled]
-        try:
-            if recorded:
-                await self._history.mark_output_removed(recorded, now)
-            for execution in unsettled:
-                await execution.live_record.put(execution.record)
-        except JobworkerError as error:  # the next look finds the marks
-            log.error("the output of %d jobs was removed: %s", len(jobs), error)
-        else:
-            await self._in_thread(partial(self._kept.clear_marks, jobs))
-        return now
-
     async def remove(self, job: JobId, *, force: bool) -> int:
         """Remove an ended job, its output and its record. Returns how many bytes the output had.
 
@@ -317,30 +344,28 @@ class Archive:
         output is back (`takeover`). Raises Busy if the output is being followed; with `force` it is
         removed, and followers go on to its end. Raises InternalError, OutputError.
         """
-        async with self._removing:
-            with trio.CancelScope(shield=True):  # its output and its record go together
-                freed = await self._in_thread(partial(self._kept.remove, job, force=force))
-                missing = self._kept.misses(job)
-                try:
-                    if missing:
-                        await self._history.mark_output_missing(job)
-                    is_forgotten = await self._remove_record(job)
-                except JobworkerError:  # the disk is still full: the job stays, without output
-                    if not missing:
-                        await self._note_removals([job])
-                    raise
-                if is_forgotten:
-                    await self._clear(job)
-                else:
-                    self._live.add(job)
+        async with self._alone():
+            freed = await self._in_thread(partial(self._kept.remove, job, force=force))
+            missing = self._kept.misses(job)
+            try:
+                if missing:
+                    await self._history.mark_output_missing(job)
+                is_forgotten = await self._records.remove(job)
+            except JobworkerError:  # the disk is still full: the job stays, without output
+                if not missing:
+                    await self._clear(await self._records.note([job], self._clock()) or ())
+                raise
+            if is_forgotten and job not in self._live:
+                await self._clear([job])
+            else:  # this removal, or another one, waits for the launcher
+                self._live.add(job)
         return freed
 
     async def take_back(self, job: JobId) -> None:
         """Remove the output of a refused job. Its note stays until `clear`. Raises OutputError."""
-        async with self._removing:
-            with trio.CancelScope(shield=True):
-                self._live.add(job)  # first: if the disk refuses, the mark must stay
-                await self._in_thread(partial(self._kept.remove, job, force=True))
+        async with self._alone():
+            self._live.add(job)  # first: if the disk refuses, the mark must stay
+            await self._in_thread(partial(self._kept.remove, job, force=True))
 
     async def clear(self, job: JobId) -> None:
         """Remove the note of a job that neither the history nor the launcher has any more.
@@ -348,23 +373,14 @@ class Archive:
         While the launcher has the job, the note must stay: if the service were killed, only the
         note would tell the next one whose job it was, or that it was refused.
         """
-        async with self._removing:
-            with trio.CancelScope(shield=True):
-                await self._clear(job)
+        async with self._alone():
+            await self._clear([job])
+            self._live.discard(job)
 
-    async def _clear(self, job: JobId) -> None:
-        await self._in_thread(partial(self._kept.clear_marks, [job]))
-        self._live.discard(job)
-
-    async def _remove_record(self, job: JobId) -> bool:
-        """Remove a job from the history. Returns whether the launcher has forgotten it too."""
-        execution = self._unsettled.get(job)
-        if execution is None:
-            await self._history.remove(job)
-            return job not in self._live  # if it is there, another removal waits for the launcher
-        is_forgotten = await execution.settlement.remove_record()
-        self.forget(execution)
-        return is_forgotten
+    async def _clear(self, jobs: Collection[JobId]) -> None:
+        """Forget these jobs, and remove their marks: the history has the removals."""
+        await self._in_thread(partial(self._kept.forget, jobs))
+        await in_thread(clear_marks, self._spools, jobs)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await in_thread(work, limiter=self._thread)

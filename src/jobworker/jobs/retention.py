@@ -1,10 +1,10 @@
-"""Retention: which ended jobs' output is kept, and the removal of the rest.
+"""Retention: the output of ended jobs that is kept, and its removal.
 
-The policy (`retention_policy`) chooses among entries: one `EndedOutput` for each ended job whose
-output is on the disk. The entries are read from the directories when the service starts and are
-kept up to date from then on, in the order of the ends. There may be 100,000 of them. So, except at
-the start, no single call of a C function goes through all of them, since it would keep the
-interpreter's lock for too long.
+A policy (`retention_policy`, applied by `sweep`) chooses among entries: one `EndedOutput` for each
+ended job whose output is on the disk. The entries are read from the directories when the service
+starts and are kept up to date from then on, in the order of the ends. There may be 100,000 of them.
+So, except at the start, no single call of a C function goes through all of them, since it would
+keep the interpreter's lock for too long.
 
 The files say whether their output may be removed. If they are not sealed, the job has not ended.
 The service itself may know better: a full disk may have refused the seal, and then this output has
@@ -21,34 +21,26 @@ import logging
 import os
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.output.directory import clear_mark, disk_errors, marked_job, was_removed
 from jobworker.jobs.output.ended import describe_output, remove_output, seal_output
-from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy, choose
+from jobworker.jobs.retention_policy import EndedOutput
 from jobworker.model.job import JobId
+from jobworker.sandbox.channel import close_all
 
 log = logging.getLogger("jobworker.jobs")
 
 _MAX_DIGITS = 16
 """The most digits of a job's id."""
-
-
-@frozen
-class DirectoryChanges:
-    """What another process or an administrator has done to the directory since the last look."""
-
-    marked: frozenset[JobId]
-    """The jobs with the mark of a removal. The history may not have recorded it."""
-    gone: list[EndedOutput]
-    """The output that is not there any more, for whatever reason."""
 
 
 @define(eq=False)
@@ -70,6 +62,8 @@ class KeptOutput:
     _count: Callable[[int, int], None] = lambda _size, _was_live: None
     """Called at each change, with how many bytes more are kept (negative: fewer), and how many
     bytes were counted for the job while it lived."""
+    _close: Callable[[Sequence[int]], None] = close_all
+    """Closes the files of removed output."""
     _kept: dict[JobId, EndedOutput] = field(factory=dict, init=False)
     _order: list[tuple[int, JobId]] = field(factory=list, init=False)
     """The time of the end and the job of each entry, sorted."""
@@ -79,6 +73,8 @@ class KeptOutput:
     """The owners of jobs, as far as they are known."""
     _sizes: dict[str, int] = field(factory=dict, init=False)
     """The bytes of all entries of each owner."""
+    _numbers: Counter[str] = field(factory=Counter, init=False)
+    """The number of entries of each owner."""
     dropped: int = field(default=0, init=False)
     """How many entries were dropped so far, whoever has removed the output."""
     _ending: dict[JobId, int] = field(factory=dict, init=False)
@@ -94,13 +90,25 @@ class KeptOutput:
         return self._kept
 
     @property
-    def newest_ns(self) -> int:
-        """The time of the last end, in ns since the epoch; 0 if no output is kept."""
-        return self._order[-1][0] if self._order else 0
+    def last(self) -> tuple[int, JobId]:
+        """The time of the last end, in ns since the epoch, and its job; 0 if no output is kept."""
+        return self._order[-1] if self._order else (0, JobId(0))
 
-    def size_of(self, owner: str) -> int:
-        """The bytes of an owner's output. May be called at any time, in any thread."""
-        return self._sizes.get(owner, 0)
+    def now_ns(self) -> int:
+        """The time by which output is old, in ns since the epoch."""
+        return self._clock_ns()
+
+    def owner_of(self, job: JobId) -> str:
+        """The owner of a job; "" if that is not known."""
+        return self._owners.get(job, "")
+
+    def size_of(self, owner: str | None) -> int:
+        """The bytes of an owner's output; None: of all. May be called in any thread."""
+        return self._size if owner is None else self._sizes.get(owner, 0)
+
+    def number_of(self, owner: str | None) -> int:
+        """The number of an owner's jobs whose output is kept; None: of all jobs."""
+        return len(self._kept) if owner is None else self._numbers[owner]
 
     def load(
         self, live: Container[JobId] = (), owners: Mapping[JobId, str] = MappingProxyType({})
@@ -150,10 +158,11 @@ class KeptOutput:
             self.dropped += 1
         more = (kept.size if kept else 0) - (before.size if before else 0)
         self._size += more
-        owner = self._owners.get(job, "")
+        owner = self.owner_of(job)
         self._sizes[owner] = self._sizes.get(owner, 0) + more
-        if not self._sizes[owner]:
-            del self._sizes[owner]
+        self._numbers[owner] += (kept is not None) - (before is not None)
+        if not self._numbers[owner]:
+            del self._sizes[owner], self._numbers[owner]
         self._count(more, self._ending.pop(job, 0))
 
     def _measure(self, job: JobId, *, ends_now: bool = False) -> EndedOutput | None:
@@ -203,7 +212,9 @@ class KeptOutput:
         removed while it is being read: readers go on to its end.
         """
         try:
-            freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
+            freed = remove_output(
+                self._spools / str(job), force=force, ended=self._seals, close=self._close
+            )
         except NotFound:  # another process, or an administrator, was faster
             freed = self._kept[job].size if job in self._kept else 0
             self.drop(job, removed=self._was_removed(job))
@@ -228,36 +239,45 @@ class KeptOutput:
         names = self._names()
         self._missing.update(job for job in jobs if str(job) not in names)
 
-    def look(self) -> DirectoryChanges:
-        """Compare the entries with the directory: drop some, make others again. Returns changes.
+    def look(self) -> list[JobId]:
+        """Compare the entries with the directory: drop some, make others again.
 
-        Raises OutputError, OutOfDescriptors.
+        Returns the jobs for which the directory has the name of a mark, for `find_removed`: there
+        may be many. Raises OutputError, OutOfDescriptors.
         """
         self._take_up_ended()
         names = self._names()
-        marked = self._marked(names)
-        gone = [kept for job, kept in self._kept.items() if str(job) not in names]
-        for kept in gone:
-            self._set(kept.job, None)
-        self._missing.update(kept.job for kept in gone)
-        self._missing.update(job for job in self._unreadable if str(job) not in names)
-        self._missing -= marked
+        marked = {
+            JobId(int(job))
+            for job in map(marked_job, names)
+            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS
+        }
+        gone = [job for job in self._kept if str(job) not in names and job not in marked]
+        for job in gone:
+            self.drop(job, removed=False)
+        lost = {job for job in self._unreadable if str(job) not in names} - marked
+        self._missing |= lost
+        self._unreadable -= lost
         for job in [job for job in self._missing | self._unreadable if str(job) in names]:
             self.add(job)
             self._missing.discard(job)
-        self._unreadable -= self._missing | marked
-        return DirectoryChanges(marked, gone)
+        return sorted(marked)
 
-    def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
-        """The jobs with the mark of a removal. Removes a mark whose output was put back."""
-        marked = set[JobId]()
-        for job in map(marked_job, names):
-            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS:
-                if self._was_removed(JobId(int(job))):
-                    marked.add(JobId(int(job)))
-                elif os.path.lexists(self._spools / job):
-                    clear_mark(self._spools / job)
-        return frozenset(marked)
+    def find_removed(self, jobs: Iterable[JobId]) -> list[JobId]:
+        """Those of `jobs` whose output was removed and is not there. Drops their entries.
+
+        `jobs`: of `look`. Removes a mark whose output was put back.
+        """
+        removed = list[JobId]()
+        for job in jobs:
+            if self._was_removed(job):
+                self.drop(job, removed=True)
+                removed.append(job)
+            elif os.path.lexists(self._spools / str(job)):
+                clear_mark(self._spools / str(job))
+            elif job in self._kept or job in self._unreadable:
+                self.drop(job, removed=False)
+        return removed
 
     def _was_removed(self, job: JobId) -> bool:
         """See `was_removed`. If the disk cannot tell, the output counts as missing."""
@@ -286,61 +306,25 @@ class KeptOutput:
         else:
             self._missing.add(job)
 
-    def clear_marks(self, jobs: Iterable[JobId]) -> None:
-        """Remove the marks of these jobs, and forget the jobs. The history has the removals."""
+    def forget(self, jobs: Iterable[JobId]) -> None:
+        """Forget these jobs: the history has the removals of their output."""
         for job in jobs:
             self.drop(job, removed=True)
-            clear_mark(self._spools / str(job))
             self._owners.pop(job, None)
 
-    def prune(
-        self,
-        policy: RetentionPolicy,
-        *,
-        only: Callable[[JobId], bool] | None = None,
-        live_bytes: int = 0,
-    ) -> list[EndedOutput]:
-        """Remove the output that `policy` does not keep. Returns what was removed.
+    def next_after(self, position: tuple[int, JobId]) -> EndedOutput | None:
+        """The output whose end comes next after `position`, an end in ns and its job."""
+        place = bisect_right(self._order, position)
+        return self._kept[self._order[place][1]] if place < len(self._order) else None
 
-        `only`: which jobs' output may be removed, and counts; None: all. `live_bytes`: the output
-        of live jobs. The entry of output that cannot be read is dropped until it can be read.
+    def try_removal(self, job: JobId) -> bool:
+        """Remove a job's output, if nothing prevents that. Returns whether it was removed now.
+
+        The entry of output that cannot be read is dropped until it can be read. Raises
+        OutOfDescriptors.
         """
-        gone, tried = list[EndedOutput](), set[JobId]()
-
-        def goes(each: EndedOutput) -> bool:
-            if each.job not in tried:  # a failed removal may have given the entry a later end
-                tried.add(each.job)
-                with suppress(OutOfDescriptors):  # the next call tries again
-                    if self._removes(each.job):
-                        gone.append(each)
-            return each.job not in self._kept
-
-        number, size = len(self._kept), self._size
-        if only is not None:
-            sizes = [each.size for each in self._oldest_first(only)]
-            number, size = len(sizes), sum(sizes)
-        choose(
-            self._oldest_first(only),
-            policy,
-            number=number,
-            size=live_bytes + size,
-            now_ns=self._clock_ns(),
-            goes=goes,
-        )
-        return gone
-
-    def _oldest_first(self, only: Callable[[JobId], bool] | None) -> Iterator[EndedOutput]:
-        """Yield the entries of the jobs for which `only` is true. Entries may go meanwhile."""
-        last = (-1, JobId(0))
-        while (position := bisect_right(self._order, last)) < len(self._order):
-            last = self._order[position]
-            if only is None or only(last[1]):
-                yield self._kept[last[1]]
-
-    def _removes(self, job: JobId) -> bool:
-        """Remove a job's output, if nothing prevents that. Returns whether it was removed now."""
         try:
-            remove_output(self._spools / str(job), ended=self._seals)
+            remove_output(self._spools / str(job), ended=self._seals, close=self._close)
         except NotFound:  # another process may have been faster
             self.drop(job, removed=self._was_removed(job))
         except OutputError:

@@ -3,8 +3,6 @@
 The output of the oldest ends is removed first, until age, number and size are within their bounds.
 """
 
-from collections.abc import Callable, Iterable
-
 from attrs import frozen
 
 from jobworker.model.job import JobId
@@ -32,28 +30,15 @@ class RetentionPolicy:
     """The most bytes of all output, including that of live jobs."""
 
 
-def choose(
-    oldest_first: Iterable[EndedOutput],
-    policy: RetentionPolicy,
-    *,
-    number: int,
-    size: int,
-    now_ns: int,
-    goes: Callable[[EndedOutput], bool],
-) -> None:
-    """Call `goes` for the output that `policy` does not keep, the oldest end first.
+def keeps(
+    policy: RetentionPolicy, oldest: EndedOutput, *, number: int, size: int, now_ns: int
+) -> bool:
+    """Whether a policy keeps all output, of which `oldest` has ended first.
 
-    `number`, `size`: how much output there is: its jobs and its bytes. `goes` removes an output if
-    it can, and returns whether it counts no longer. Output that cannot be removed still takes
-    space, so by size the next one has to go in its place. By number it counts as removed.
+    `number`, `size`: how much output there is: its jobs and its bytes.
     """
-    for each in oldest_first:
-        age_ns = now_ns - each.ended_ns
-        too_old = policy.max_age_seconds is not None and age_ns > policy.max_age_seconds * 1e9
-        too_many = policy.max_jobs is not None and number > policy.max_jobs
-        too_large = policy.max_bytes is not None and size > policy.max_bytes
-        if not (too_old or too_many or too_large):
-            break
-        number -= 1
-        if goes(each):
-            size -= each.size
+    age_ns = now_ns - oldest.ended_ns
+    too_old = policy.max_age_seconds is not None and age_ns > policy.max_age_seconds * 1e9
+    too_many = policy.max_jobs is not None and number > policy.max_jobs
+    too_large = policy.max_bytes is not None and size > policy.max_bytes
+    return not (too_old or too_many or too_large)

@@ -333,12 +333,9 @@ class Supervisor:
         Raises InternalError, OutputError, OutOfDescriptors.
         """
         for execution in list(self._live.values()):
-            if execution.ended.is_set():
+            if execution.ended.is_set() and owner in (None, execution.record.owner):
                 await execution.archived.wait()
-        if owner is None:
-            return await self._archive.prune(policy)
-        own = await self._history.with_output_of(owner)
-        return await self._archive.prune(policy, only=own.__contains__)
+        return await self._archive.prune(policy, owner=owner)
 
     async def shut_down(self, grace_seconds: float) -> None:
         """Admit no more jobs, stop every job, and wait for the ends.

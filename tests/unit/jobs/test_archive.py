@@ -105,19 +105,23 @@ async def test_output_that_another_hand_took_is_told_as_missing_until_it_is_back
 
 
 async def test_what_worker_prune_removes_meanwhile_counts_no_longer(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with ground(tmp_path) as here:
         jobs = [await here.end_job() for _ in range(3)]
         here.check()
         other = KeptOutput(here.spools)
         other.load()
+        look = KeptOutput.look
 
-        def only(job: JobId) -> bool:  # asked after the look, and before the removal
-            other.remove(job) if job == jobs[1] else None
-            return True
+        def look_first(kept: KeptOutput) -> list[JobId]:
+            marked = look(kept)
+            other.remove(jobs[1]) if kept is not other else None
+            return marked
 
-        gone = await here.archive.prune(NOTHING, only=only)
+        monkeypatch.setattr(KeptOutput, "look", look_first)
+        gone = await here.archive.prune(NOTHING)
+        monkeypatch.undo()
         assert [each.job for each in gone] == [jobs[0], jobs[2]]
         assert here.check() == 0
         await here.archive.prune()

@@ -10,10 +10,11 @@ import pytest
 from jobworker.errors import Busy, OutputError
 from jobworker.jobs.history.job_note import make_note
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.output.directory import NAMES, NOTE
+from jobworker.jobs.output.directory import NAMES, NOTE, clear_marks
 from jobworker.jobs.output.files import OutputFiles
-from jobworker.jobs.retention import DirectoryChanges, KeptOutput
+from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import EndedOutput, RetentionPolicy
+from jobworker.jobs.sweep import prune
 from jobworker.model.job import JobId, OutputCut, Stream
 
 from ..strategies import record
@@ -33,10 +34,10 @@ def test_who_reads_the_oldest_output_has_the_next_go(
     kept.load()
     reader = OutputFiles.open(tmp_path / "1")
     (tmp_path / "2").rename(tmp_path / "2.away")  # by another hand: it counts for nothing
-    assert [each.job for each in kept.prune(policy)] == [3]
+    assert [each.job for each in prune(kept, policy)] == [3]
     reader.close()
     assert sorted(kept.all) == [1, 4]
-    assert kept.newest_ns == kept.all[JobId(4)].ended_ns
+    assert kept.last[0] == kept.all[JobId(4)].ended_ns
 
 
 class Watched(dict[JobId, EndedOutput]):
@@ -61,7 +62,7 @@ def test_no_more_is_looked_at_than_what_goes_and_the_next(tmp_path: Path) -> Non
     kept = KeptOutput(tmp_path)
     kept.load()
     kept._kept = watched = Watched(kept._kept)
-    assert [len(kept.prune(RetentionPolicy(max_jobs=jobs))) for jobs in (7, 5)] == [0, 2]
+    assert [len(prune(kept, RetentionPolicy(max_jobs=jobs))) for jobs in (7, 5)] == [0, 2]
     assert watched.looks == 1 + 3
 
 
@@ -84,8 +85,8 @@ def test_output_counts_for_its_owner_while_it_is_there(tmp_path: Path) -> None:
     assert sizes == [(2 * size, size), (size, 2 * size), (size, size)]
     kept.remove(JobId(1))
     kept.remove(JobId(4))
-    kept.clear_marks(map(JobId, range(1, 5)))
-    assert (kept._sizes, kept._owners, kept._order) == ({}, {}, [])
+    kept.forget(map(JobId, range(1, 5)))
+    assert (kept._sizes, kept._numbers, kept._owners, kept._order) == ({}, {}, {}, [])
 
 
 def test_removal_that_fails_is_not_tried_again_though_it_makes_the_end_a_later_one(
@@ -95,7 +96,7 @@ def test_removal_that_fails_is_not_tried_again_though_it_makes_the_end_a_later_o
 
     def fail(directory: Path, **_: object) -> int:
         tried.append(directory.name)
-        os.utime(directory, ns=(len(tried) * SECOND, 2 * kept.newest_ns))
+        os.utime(directory, ns=(len(tried) * SECOND, 2 * kept.last[0]))
         raise OutputError("cannot remove the job's output: I/O error")
 
     for name in ("1", "2"):
@@ -103,8 +104,13 @@ def test_removal_that_fails_is_not_tried_again_though_it_makes_the_end_a_later_o
     kept = KeptOutput(tmp_path)
     kept.load()
     monkeypatch.setattr("jobworker.jobs.retention.remove_output", fail)
-    assert kept.prune(RetentionPolicy(max_jobs=0)) == []
+    assert prune(kept, RetentionPolicy(max_jobs=0)) == []
     assert sorted(tried) == ["1", "2"]
+
+
+def removed(kept: KeptOutput) -> list[JobId]:
+    """The jobs whose output was removed, by their marks."""
+    return kept.find_removed(kept.look())
 
 
 def write_log(directory: Path, data: bytes, *, seal: bool = True) -> OutputFiles:
@@ -125,7 +131,7 @@ def test_output_goes_with_its_directory_and_its_size_is_told(tmp_path: Path) -> 
     assert kept.remove(JobId(1)) == size
     (mark,) = tmp_path.iterdir()
     assert (mark.name, list(mark.iterdir())) == ("1.removed", [])
-    kept.clear_marks([JobId(1)])
+    clear_marks(tmp_path, [JobId(1)])
     assert list(tmp_path.iterdir()) == []
     assert kept.remove(JobId(1)) == 0
 
@@ -151,13 +157,13 @@ def test_log_that_a_full_disk_did_not_let_end_is_ended_by_the_service(tmp_path: 
     assert not kept.all
     kept.add(JobId(1))
     assert list(kept.all) == [1]
-    assert not kept.prune(RetentionPolicy(max_jobs=0))  # who followed it to its end has it open
+    assert not prune(kept, RetentionPolicy(max_jobs=0))  # who followed it to its end has it open
     files.close()
     kept.add(JobId(1))
     look = OutputFiles.look_at(tmp_path / "1")
     assert look.sealed
     look.close()
-    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=0))] == [1]
+    assert [each.job for each in prune(kept, RetentionPolicy(max_jobs=0))] == [1]
 
 
 @pytest.mark.parametrize("lost", [["stderr"], ["index"], ["stdout", "stderr", "index"]])
@@ -177,7 +183,7 @@ def test_what_is_left_of_output_is_kept_and_goes_like_any_other(
         each.look()
         assert each.missing == 0
     assert late.all == kept.all, "age counts from the end, and not from a look"
-    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=0))] == [1]
+    assert [each.job for each in prune(kept, RetentionPolicy(max_jobs=0))] == [1]
     assert os.listdir(tmp_path) == ["1.removed"]
 
 
@@ -186,7 +192,7 @@ def test_log_that_is_read_stays_unless_forced(tmp_path: Path) -> None:
     reader = OutputFiles.open(tmp_path / "1")
     kept = KeptOutput(tmp_path)
     kept.load()
-    assert kept.prune(RetentionPolicy(max_jobs=0)) == []
+    assert prune(kept, RetentionPolicy(max_jobs=0)) == []
     with pytest.raises(Busy, match="being read"):
         kept.remove(JobId(1))
     kept.remove(JobId(1), force=True)
@@ -213,14 +219,13 @@ def test_what_another_process_removed_is_dropped_and_known_until_that_is_noted(
     kept, other = KeptOutput(tmp_path), KeptOutput(tmp_path)
     kept.load()
     other.load()
-    other.prune(RetentionPolicy(max_jobs=0))
-    for gone in ([1], []):
-        changes = kept.look()
-        assert [each.job for each in changes.gone] == gone
-        assert list(changes.marked) == [1]
-    assert (not kept.all, kept.missing) == (True, 0)
-    kept.clear_marks(changes.marked)
-    assert kept.look() == DirectoryChanges(frozenset(), [])
+    prune(other, RetentionPolicy(max_jobs=0))
+    for dropped in (1, 1):
+        assert removed(kept) == [1]
+        assert (kept.dropped, kept.missing) == (dropped, 0)
+    assert not kept.all
+    clear_marks(tmp_path, [JobId(1)])
+    assert kept.look() == []
 
 
 def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path) -> None:
@@ -230,8 +235,7 @@ def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path)
     kept = KeptOutput(spools, seals=True)
     kept.load()
     spools.rename(away)
-    changes = kept.look()
-    assert (len(changes.gone), changes.marked, kept.missing) == (2, frozenset(), 2)
+    assert (kept.look(), kept.dropped, kept.missing) == ([], 2, 2)
     assert not kept.all
     kept.end(JobId(3))
     assert kept.missing == 3
@@ -256,7 +260,7 @@ def test_output_that_cannot_be_read_is_passed_over_until_it_can(
     kept = KeptOutput(spools, seals=True)
     kept.load()
     (spools / "1").chmod(0)
-    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=1))] == [2]
+    assert [each.job for each in prune(kept, RetentionPolicy(max_jobs=1))] == [2]
     assert list(kept.all) == [3]
     with pytest.raises(OutputError, match=rf"in {spools}/1: Permission denied; .* chown -R .*/1"):
         kept.remove(JobId(1), force=True)
@@ -299,8 +303,8 @@ def test_removal_of_what_was_put_back_leaves_a_mark_of_its_own(tmp_path: Path) -
         write_log(tmp_path / "1", b"x").close()
         (tmp_path / "1" / "record").write_text("note")
         kept.load()
-        assert kept.prune(RetentionPolicy(max_jobs=0))
-        assert kept.look().marked == {1}
+        assert prune(kept, RetentionPolicy(max_jobs=0))
+        assert removed(kept) == [1]
         assert [path.name for path in (tmp_path / "1.removed").iterdir()] == ["record"]
 
 
@@ -320,8 +324,8 @@ def test_mark_that_a_copy_took_the_sticky_bit_of_is_ours_with_the_jobs_note_alon
     (tmp_path / "6.removed").mkdir()
     os.mkfifo(tmp_path / "6.removed" / NOTE)
     kept = KeptOutput(tmp_path, seals=True)
-    assert kept.look().marked == {1}
-    kept.clear_marks(JobId(job) for job in range(1, 7))
+    assert removed(kept) == [1]
+    clear_marks(tmp_path, (JobId(job) for job in range(1, 7)))
     assert {path.name for path in tmp_path.iterdir()} == {f"{job}.removed" for job in (2, 4, 5, 6)}
     assert len(list((tmp_path / "2.removed").iterdir())) == 4
 
@@ -332,7 +336,7 @@ def test_directory_called_like_a_mark_is_none_unless_it_is_ours_or_empty(tmp_pat
     (tmp_path / "2.removed").mkdir()
     (tmp_path / "3.removed").write_text("a file")
     kept = KeptOutput(tmp_path)
-    assert kept.look().marked == {2}
-    kept.clear_marks([JobId(1), JobId(2), JobId(3)])
+    assert removed(kept) == [2]
+    clear_marks(tmp_path, [JobId(1), JobId(2), JobId(3)])
     assert {path.name for path in tmp_path.iterdir()} == {"1.removed", "3.removed"}
     assert len(list((tmp_path / "1.removed").iterdir())) == 3

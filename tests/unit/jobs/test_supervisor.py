@@ -11,6 +11,7 @@ import trio.testing
 from jobworker.errors import NotFound, ShuttingDown
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.sweep import prune
 from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 
@@ -59,7 +60,7 @@ async def test_output_that_goes_between_the_end_and_the_archive_is_told_as_remov
             await execution.ended.wait()
             other = KeptOutput(tmp_path)  # as `worker prune` has it
             other.load()
-            assert other.prune(RetentionPolicy(max_jobs=0))
+            assert prune(other, RetentionPolicy(max_jobs=0))
             if seen_by == "a look":
                 await supervisor._archive.prune()
             else:

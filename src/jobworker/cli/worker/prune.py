@@ -12,6 +12,7 @@ from jobworker.errors import ConfigError, OutputError
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.sweep import prune
 from jobworker.model.units import format_size
 from jobworker.server.service import retention_policy
 from jobworker.server.startup.preparation import spool_directory
@@ -39,7 +40,7 @@ def prune_here(
             f"cannot prune {spools}: {why}",
             remedy="run it as root, with the configuration of a service that has run once",
         ) from None
-    ages.begin(kept.newest_ns)
-    gone = kept.prune(policy)
+    ages.begin(kept.last[0])
+    gone = prune(kept, policy)
     size = format_size(sum(each.size for each in gone))
     return f"removed the output of {len(gone)} jobs, {size}"

@@ -298,13 +298,6 @@ class History:
         """Those of `jobs` that have a record. Raises InternalError, OutOfDescriptors."""
         return await self._readers.search(partial(queries.select_known, jobs))
 
-    async def with_output_of(self, owner: str) -> frozenset[JobId]:
-        """One owner's jobs, ended or not, whose records do not say that the output was removed.
-
-        Raises InternalError, OutOfDescriptors.
-        """
-        return await self._readers.look_up(partial(queries.select_with_output_of, owner), owner)
-
     async def get(self, job: JobId) -> JobRecord | None:
         """The whole record of one job, as `put` stored it, or None.
 

@@ -131,16 +131,6 @@ def select_removed(jobs: Collection[JobId], connection: apsw.Connection) -> froz
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 
-def select_with_output_of(owner: str, connection: apsw.Connection) -> frozenset[JobId]:
-    """See `History.with_output_of`."""
-    query = (
-        "SELECT id FROM jobs INDEXED BY jobs_with_output WHERE owner = ? "
-        "AND json_extract(record, '$.output_removed_at') IS NULL"
-    )
-    rows = connection.execute(query, (owner,))
-    return frozenset(JobId(int(str(row[0]))) for row in rows)
-
-
 def select_summary(job: JobId, connection: apsw.Connection) -> JobRecord | None:
     """See `History.summary`."""
     text = connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)).get

@@ -21,12 +21,12 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
-from jobworker.model.job import OutputCut
+from jobworker.model.job import JobId, OutputCut
 from jobworker.regular_file import open_regular
 from jobworker.serialization.json_text import loads
 
@@ -106,6 +106,12 @@ def clear_mark(directory: Path) -> None:
         if _is_mark(mark):
             _unlink_files(mark)
             os.rmdir(mark)
+
+
+def clear_marks(spools: Path, jobs: Iterable[JobId]) -> None:
+    """Remove the marks of these jobs in `spools`; see `clear_mark`."""
+    for job in jobs:
+        clear_mark(spools / str(job))
 
 
 @contextmanager

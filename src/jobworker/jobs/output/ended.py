@@ -5,13 +5,14 @@ the seal, and then this output has to be removed to make room. So a caller that 
 has ended may say so (`ended`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobworker.errors import Busy
 from jobworker.jobs.output.directory import NOTE, disk_errors
 from jobworker.jobs.output.files import OutputFiles
+from jobworker.sandbox.channel import close_all
 
 
 def seal_output(directory: Path, *, ends_now: bool = False) -> None:
@@ -46,15 +47,23 @@ def describe_output(directory: Path, *, ended: bool = False) -> tuple[int, int]:
         return files.last.time_ns, files.size_on_disk()
 
 
-def remove_output(directory: Path, *, force: bool = False, ended: bool = False) -> int:
+def remove_output(
+    directory: Path,
+    *,
+    force: bool = False,
+    ended: bool = False,
+    close: Callable[[Sequence[int]], None] = close_all,
+) -> int:
     """Remove the log in `directory`. Returns how many bytes its files had.
 
-    `ended`: see `describe_output`. `force`: remove it though a process reads it. Raises NotFound if
-    there is none, Busy if it is not sealed or is being read, OutputError.
+    `ended`: see `describe_output`. `force`: remove it though a process reads it. `close` gets the
+    files' descriptors: the last close frees the blocks, which takes a while for gigabytes. Raises
+    NotFound if there is none, Busy if it is not sealed or is being read, OutputError.
     """
     with _ended_files(directory, ended) as files:
         size = files.size_on_disk()
         files.remove(directory, force=force)
+        close(files.let_go())
         return size
 
 

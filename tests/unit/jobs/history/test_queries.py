@@ -189,10 +189,6 @@ def test_ended_jobs_with_output_are_told_with_their_owners(connection: apsw.Conn
     ended = {job for job, state in enumerate(State, 1) if state not in LIVE}
     found = queries.select_with_output(connection)
     assert found == {job: "alice" if job % 2 else "bob" for job in ended}
-    every = set(range(1, len(State) + 1))
-    assert queries.select_with_output_of("alice", connection) == {j for j in every if j % 2}
-    assert queries.select_with_output_of("bob", connection) == {j for j in every if not j % 2}
-    assert queries.select_with_output_of("carol", connection) == frozenset()
 
 
 def test_first_time_of_a_removal_stays(connection: apsw.Connection) -> None:
