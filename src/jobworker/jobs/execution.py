@@ -5,7 +5,8 @@
                         ├ ending     signal, grace period, kill
                         ├ record     is written when it changes
                         └ exit       the launcher reports it; then the others end
-            ─► drain ─► seal ─► record ─► settle: the launcher forgets the job
+            ─► drain ─► seal ─► record, and then the supervisor goes on:
+               archive ─► settle: the launcher forgets the job
 
 Clients' requests do not run in this task: they call `request_stop` and wait for events. So a
 client that disconnects, or a request that is cancelled, does not change a job. Each step of the end
@@ -195,7 +196,6 @@ class Execution:
     async def run(self) -> None:
         """Run the job to its end, or until it is left. Raises only unexpected faults."""
         if self.ended.is_set():
-            self.over.set()
             return
         begun = self._inherited or await self._starting.run()
         if begun is None:
@@ -313,7 +313,7 @@ class Execution:
         await self._close(self.live_record.advanced(Event.FAIL, words, reason=Reason.LOST))
 
     async def _close(self, end: JobRecord) -> None:
-        """Seal the output, record the end, announce it, and remove the job in the launcher.
+        """Seal the output, record the end, and announce it.
 
         Each step is done even if one before it fails. The order matters if the service is killed in
         between: until the end is recorded, the launcher must have the job, and no client may see
@@ -321,7 +321,6 @@ class Execution:
         also in the launcher, until the disk takes the end (`Settlement.finish`).
         """
         self._ending.exited = True
-        recorded = False
         try:
             with trio.CancelScope(shield=True):  # waits only for the disk
                 try:
@@ -334,16 +333,24 @@ class Execution:
                 end = with_sizes(end, self.spool.statistics())
                 # Synced before the end is announced, so that the output outlives a power cut.
                 async with self.spool.synced(end.id, end.owner):
-                    recorded = await self.live_record.store(end)
+                    self.settlement.is_recorded = await self.live_record.store(end)
                 if self.spool.sync_fault:
                     end = end.noted(self.spool.sync_fault)
-                    recorded = await self.live_record.store(end)
+                    self.settlement.is_recorded = await self.live_record.store(end)
         finally:
             self.spool.close()
             self._tell(end)
+
+    async def settle(self) -> None:
+        """Have the launcher forget a job whose end is recorded. Call it once after `run`.
+
+        The launcher answers when the place of the job is free, which may take as long as a disk
+        hangs. So this comes after the archive has taken the output. If the end is not recorded, or
+        the launcher refuses, `Settlement.finish` goes on with it.
+        """
         try:
-            if recorded:
-                await self.settlement.forget()  # answered once its place is free: nobody waits
+            if self.settlement.is_recorded:
+                await self.settlement.forget()
         finally:
             self.over.set()
 

@@ -23,6 +23,8 @@ class Settlement:
 
     _live_record: LiveRecord
     _launcher: LauncherClient
+    is_recorded: bool = field(default=False, init=False)
+    """Whether the history has the end, as far as the job's execution knows."""
     _done: trio.Event = field(factory=trio.Event, init=False)
     """Set once the end is on the disk, or the job is removed, and the launcher has forgotten it."""
     _writing: trio.Lock = field(factory=trio.Lock, init=False)

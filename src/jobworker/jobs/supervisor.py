@@ -125,8 +125,11 @@ class Supervisor:
                 await execution.fail_internally(incident)
         finally:
             try:
-                if execution.ended.is_set():
-                    await self._archive.add(execution)
+                try:
+                    if execution.ended.is_set():
+                        await self._archive.add(execution)
+                finally:
+                    await execution.settle()
                 if execution.refused:
                     await self._take_back(execution.record.id)
                 if execution.ended.is_set():

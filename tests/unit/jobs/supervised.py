@@ -60,6 +60,9 @@ class FakeLink:
     """How many requests to remove a job are refused before one is taken."""
     forgets_nothing: bool = False
     """Whether a request to remove a job fails once this was given up."""
+    asked_to_remove: trio.Event = Factory(trio.Event)
+    may_remove: trio.Event | None = None
+    """Set when a job may be removed, if that waits for something."""
     let_go: trio.Event = Factory(trio.Event)
     used: Usage | None = None
     """What each job uses now; None if the launcher refuses to tell."""
@@ -149,7 +152,15 @@ class FakeLink:
         self.killed[job] = trio.current_time()
         self.finish(job, signal=signal.SIGKILL)
 
+    def let_remove(self) -> None:
+        """End the wait for `may_remove`."""
+        assert self.may_remove is not None
+        self.may_remove.set()
+
     async def remove(self, job: JobId) -> None:
+        self.asked_to_remove.set()
+        if self.may_remove is not None:
+            await self.may_remove.wait()
         with trio.CancelScope(shield=True):  # what was asked of a launcher has its effect
             await trio.lowlevel.checkpoint()
         if self.given_up and self.forgets_nothing:

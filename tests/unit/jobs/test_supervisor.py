@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import trio
 import trio.testing
 
 from jobworker.errors import NotFound, ShuttingDown
+from jobworker.jobs.archive import Archive
+from jobworker.jobs.execution import Execution
 from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.retention_policy import RetentionPolicy
+from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.sweep import prune
 from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
@@ -124,3 +128,65 @@ async def test_job_that_was_left_is_not_removed(tmp_path: Path, force: bool) -> 
                 assert job in history.records
                 assert (tmp_path / str(job) / "index").exists()
             link.finish(JobId(2))
+
+
+async def end_slowly(supervisor: Supervisor, link: FakeLink) -> Execution:
+    """Have a job end, which the launcher forgets only after `link.may_remove`: a disk hangs."""
+    link.may_remove = trio.Event()
+    execution = await supervisor.submit(spec("job"), "alice")
+    link.finish(execution.record.id)
+    await link.asked_to_remove.wait()
+    return execution
+
+
+@pytest.mark.parametrize("owner", [None, "alice"])
+async def test_output_of_an_ended_job_is_pruned_though_the_launcher_takes_long_to_forget_the_job(
+    tmp_path: Path, owner: str | None
+) -> None:
+    """Its note stays in the mark until the launcher has forgotten the job."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            job = (await end_slowly(supervisor, link)).record.id
+            gone = await supervisor.prune(RetentionPolicy(max_jobs=0), owner)
+            assert [each.job for each in gone] == [job]
+            assert [each.name for each in tmp_path.iterdir()] == [f"{job}.removed"]
+            link.let_remove()
+            while list(tmp_path.iterdir()):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert history.records[job].output_removed_at is not None
+
+
+async def test_removal_of_a_job_is_told_only_after_the_launcher_has_forgotten_the_job(
+    tmp_path: Path,
+) -> None:
+    """Its output and its record go at once."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            execution = await end_slowly(supervisor, link)
+            job = execution.record.id
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(supervisor.remove, job, force=False))
+                while job in history.records:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not execution.forgotten.is_set()  # for which the removal waits
+                link.let_remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_launcher_forgets_a_job_though_the_archive_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is recorded, and the job gives its place back."""
+
+    async def fail(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise RuntimeError("an unexpected fault")
+
+    monkeypatch.setattr(Archive, "add", fail)
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        with trio.fail_after(20):
+            execution = await supervisor.submit(spec("job"), "alice")
+            link.finish(execution.record.id)
+            await execution.forgotten.wait()
+    assert link.removed == [execution.record.id]
