@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,30 @@ async def test_client_of_a_revoked_issuing_authority_is_out_at_once(
         why = await open_then_reload(service, revoke_issuing)
         assert "revoked" in why
         await is_refused(service, "certificate revoked")
+
+
+async def test_chain_with_a_certificate_that_nobody_needs_or_can_read_holds_up_no_reload(
+    pki: Path,
+) -> None:
+    """A client can send any certificate behind its own, and OpenSSL ignores it."""
+    root = ssl.PEM_cert_to_DER_cert((pki / "root-cert.pem").read_text())
+    version_2 = root.replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020101"), 1)
+    odd = (pki / "client-cert.pem").read_text() + ssl.DER_cert_to_PEM_cert(version_2)
+    (pki / "odd.pem").write_text(odd)
+    crl = ("root-crl.pem", "issuing-crl.pem")
+    async with serving(pki, ca=("root-cert.pem",), crl=crl) as service:
+        with_subjects(pki, SPIFFE)
+        await reload(service)
+        async with AsyncExitStack() as stack:
+            for own in ("client-cert.pem", "odd.pem", "client-cert.pem"):
+                await stack.enter_async_context(connecting(service, own=own))
+            await reload(service)
+            assert ": ended: client" not in service.log_text()
+            shell(pki, REVOKE)
+            join(pki, "lists.pem", *crl)
+            await reload(service)
+            await until(lambda: service.log_text().count("it has been revoked") == 3)
+        assert "incident" not in service.log_text()
 
 
 async def test_other_authority_of_the_same_root_is_a_stranger_or_needs_a_list(pki: Path) -> None:

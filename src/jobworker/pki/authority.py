@@ -29,6 +29,7 @@ from jobworker.pki.credentials import PemFile, read_pem
 from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE
 from jobworker.pki.host_names import general_name
 from jobworker.pki.identity import name_fault
+from jobworker.pki.unreadable import UNREADABLE
 
 ORGANIZATION = "jobworker"
 _CA_NAME = "jobworker CA "
@@ -108,14 +109,15 @@ class Authority:
         try:
             certificate = x509.load_pem_x509_certificate(pem.content)
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
-        except (ValueError, x509.ExtensionNotFound) as exc:
+            public = certificate.public_key()
+        except (*UNREADABLE, x509.ExtensionNotFound) as exc:
             raise _unusable(paths[0], f"it is damaged or not a CA certificate ({exc})") from None
         if not constraints.value.ca:
             raise _unusable(paths[0], "it is not a CA certificate")
         key = _load_key(key_pem, passphrase)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise _unusable(paths[1], "it is not an elliptic curve key")
-        if key.public_key() != certificate.public_key():
+        if key.public_key() != public:
             raise _unusable(paths[1], f"it does not belong to {paths[0]}")
         return cls(root=Issued(certificate=certificate, key=key))
 

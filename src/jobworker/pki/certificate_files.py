@@ -8,6 +8,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from jobworker import errors
 from jobworker.pki.credentials import read_pem
 from jobworker.pki.registry import CertificateEntry, Kind, entry_of
+from jobworker.pki.unreadable import UNREADABLE
 
 
 def read_certificate(path: Path) -> tuple[x509.Certificate, CertificateEntry]:
@@ -18,7 +19,7 @@ def read_certificate(path: Path) -> tuple[x509.Certificate, CertificateEntry]:
         certificate = x509.load_pem_x509_certificate(file.content)
         stem = path.name.removesuffix(".pem").removesuffix("-cert")
         return certificate, entry_of(certificate, _kind_of(certificate), stem)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise errors.CredentialsUnusable(
             f"cannot use the certificate {path}: it is damaged ({error})", remedy=remedy
         ) from None

@@ -136,14 +136,15 @@ def _pair_fault(
 
 def _belongs_to_a_later_one(certificate: PemFile, key: PemFile) -> bool:
     from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    from jobworker.pki.unreadable import UNREADABLE
 
     try:
         own = load_pem_private_key(key.content, None).public_key()
         later = x509.load_pem_x509_certificates(certificate.content)[1:]
         return any(each.public_key() == own for each in later)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # unreadable, so unknown
+    except (*UNREADABLE, TypeError):  # unreadable or encrypted, so unknown
         return False
 
 
@@ -155,6 +156,20 @@ def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.Credential
     return errors.CredentialsUnusable(f"cannot use the {what} {path}: {why}", remedy=remedy)
 
 
+def read_certificates(file: PemFile, what: str, remedy: str) -> "list[x509.Certificate]":
+    """Read all certificates of a file; their names can be read. Raises `CredentialsUnusable`."""
+    from cryptography import x509
+
+    from jobworker.pki.unreadable import UNREADABLE
+
+    try:
+        found = x509.load_pem_x509_certificates(file.content)
+        _check_names(found)
+    except UNREADABLE as exc:
+        raise _unusable(file.path, what, f"it is damaged ({exc})", remedy) from None
+    return found
+
+
 def check_authorities(ca: PemFile) -> None:
     """Check that a CA file contains CA certificates only, because each one is a trust anchor.
 
@@ -162,17 +177,18 @@ def check_authorities(ca: PemFile) -> None:
     """
     from cryptography import x509
 
+    from jobworker.pki.unreadable import UNREADABLE
+
     what = "CA certificate"
+    found = read_certificates(ca, what, SERVER_REMEDY)
     try:
-        found = x509.load_pem_x509_certificates(ca.content)
-        _check_names(found)
         constraints = [
             (each, extension.value.ca)
             for each in found
             for extension in each.extensions
             if isinstance(extension.value, x509.BasicConstraints)
         ]
-    except ValueError as exc:
+    except UNREADABLE as exc:
         raise _unusable(ca.path, what, f"it is damaged ({exc})", SERVER_REMEDY) from None
     authorities = [each for each, is_ca in constraints if is_ca]
     for each in found:
@@ -207,6 +223,8 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
     from cryptography import x509
     from OpenSSL import crypto
 
+    from jobworker.pki.unreadable import UNREADABLE
+
     store = crypto.X509Store()
     store.set_flags(crypto.X509StoreFlags.X509_STRICT | crypto.X509StoreFlags.PARTIAL_CHAIN)
     what = "server certificate"
@@ -217,15 +235,18 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
         leaf, *others = x509.load_pem_x509_certificates(certificate.content)
         _check_names([leaf, *others])
         unusable = _server_use_fault(leaf)
-    except ValueError as exc:
+        between = [crypto.X509.from_cryptography(other) for other in others]
+        own = crypto.X509.from_cryptography(leaf)
+    except (*UNREADABLE, crypto.Error) as exc:
         both = f"it or {ca.path} is damaged ({exc})"
         raise _unusable(certificate.path, what, both, RENEWAL) from None
-    between = [crypto.X509.from_cryptography(other) for other in others]
-    own = crypto.X509.from_cryptography(leaf)
     try:
         crypto.X509StoreContext(store, own, between).verify_certificate()
     except crypto.X509StoreContextError as exc:
-        culprit = exc.certificate.to_cryptography()
+        try:
+            culprit = exc.certificate.to_cryptography()
+        except crypto.Error:  # OpenSSL names none if it cannot read a key
+            culprit = leaf
         owner = ca.path if culprit in anchors else certificate.path
         code, _, text = exc.errors
         raise _chain_fault(int(code), str(text), culprit, owner, ca.path) from None

@@ -6,7 +6,7 @@ from attrs import frozen
 from cryptography import x509
 
 from jobworker.pki.authority import is_made_here
-from jobworker.pki.credentials import PemFile
+from jobworker.pki.credentials import RENEWAL, SERVER_REMEDY, PemFile, read_certificates
 from jobworker.pki.revocation import read_all, unproven_lists
 from jobworker.pki.server_files import ServerFiles
 
@@ -42,11 +42,12 @@ class _Validity:
 def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
     """Return a line for each certificate or list that expires soon or has expired.
 
-    Also one for each unproven list (`revocation`). The caller has checked the files before.
+    Also one for each unproven list (`revocation`). Raises `CredentialsUnusable` for an unreadable
+    file, since files change after a start.
     """
     ends = [
-        *_certificates(_CERTIFICATE, files.certificate),
-        *_certificates(_CA, files.ca),
+        *_certificates(_CERTIFICATE, files.certificate, RENEWAL),
+        *_certificates(_CA, files.ca, SERVER_REMEDY),
         *_lists(files.crl),
     ]
     warnings = []
@@ -61,7 +62,7 @@ def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
     return (*warnings, *unproven_lists(files, now))
 
 
-def _certificates(what: str, file: PemFile) -> list[_Validity]:
+def _certificates(what: str, file: PemFile, remedy: str) -> list[_Validity]:
     return [
         _Validity(
             what=what,
@@ -71,7 +72,7 @@ def _certificates(what: str, file: PemFile) -> list[_Validity]:
             start=each.not_valid_before_utc,
             end=each.not_valid_after_utc,
         )
-        for each in x509.load_pem_x509_certificates(file.content)
+        for each in read_certificates(file, what, remedy)
     ]
 
 

@@ -34,10 +34,12 @@ def with_cause(refused: JobworkerError, certificate: Path) -> JobworkerError:
 def _cause(certificate: Path, now: datetime, *, expired: bool) -> str | None:
     from cryptography import x509
 
+    from jobworker.pki.unreadable import UNREADABLE
+
     try:
         own = x509.load_pem_x509_certificate(certificate.read_bytes())
         key, digest = own.public_key(), own.signature_hash_algorithm
-    except (OSError, ValueError):
+    except (OSError, *UNREADABLE):
         return None
     here = f"here it is {now.isoformat(timespec='seconds')}"
     begins, ends = own.not_valid_before_utc.isoformat(), own.not_valid_after_utc.isoformat()

@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 from jobworker import errors
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE, replace
+from jobworker.pki.unreadable import UNREADABLE
 from jobworker.serialization.convert import faults_of, unstructure
 from jobworker.serialization.json_text import dumps, loads
 
@@ -182,7 +183,7 @@ def _revoked(registry: Registry, before: Path | None) -> Iterator[x509.RevokedCe
         earlier = x509.load_pem_x509_crl(before.read_bytes())
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise errors.CredentialsUnusable(
             f"cannot use the revocation list {before}: {error}",
             remedy="restore it from a backup, or move it away if nothing was ever revoked",

@@ -23,13 +23,13 @@ from datetime import datetime
 
 from attrs import frozen
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from OpenSSL import crypto
 
 from jobworker import errors
 from jobworker.pki.credentials import PemFile
 from jobworker.pki.server_files import CRL_REMEDY, ServerFiles
+from jobworker.pki.unreadable import UNREADABLE
 
 _BEGIN = b"-----BEGIN X509 CRL-----"
 _WEAK = (hashes.SHA1, hashes.MD5)
@@ -59,12 +59,12 @@ def read_lists(files: ServerFiles, now: datetime) -> RevocationLists:
         return RevocationLists((), False, ())
     authorities = x509.load_pem_x509_certificates(files.ca.content)
     known = [*authorities, *x509.load_pem_x509_certificates(files.certificate.content)[1:]]
+    lists = read_all(file)
     try:
-        lists = read_all(file)
         for each in lists:
             if fault := _fault(each, known, now):
                 raise _unusable(file, fault)
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except UNREADABLE as exc:
         raise _unusable(file, f"it is damaged ({exc})") from None
     issuers = {each.issuer for each in lists}
     names = {each.subject for each in known}
@@ -81,9 +81,12 @@ def read_lists(files: ServerFiles, now: datetime) -> RevocationLists:
 
 
 def read_all(file: PemFile) -> tuple[x509.CertificateRevocationList, ...]:
-    """Read every list of a PEM file. Raises ValueError."""
+    """Read every list of a PEM file. Raises `CredentialsUnusable`."""
     pieces = file.content.split(_BEGIN)[1:]
-    return tuple(x509.load_pem_x509_crl(_BEGIN + piece) for piece in pieces)
+    try:
+        return tuple(x509.load_pem_x509_crl(_BEGIN + piece) for piece in pieces)
+    except UNREADABLE as exc:
+        raise _unusable(file, f"it is damaged ({exc})") from None
 
 
 def unproven_lists(files: ServerFiles, now: datetime) -> tuple[str, ...]:
@@ -149,12 +152,9 @@ class Verifier:
         `chain` has the certificates that the client has presented, in DER, its own first.
         """
         try:
-            peer, *between = (
-                crypto.X509.from_cryptography(x509.load_der_x509_certificate(each))
-                for each in chain
-            )
+            peer, *between = (crypto.load_certificate(crypto.FILETYPE_ASN1, der) for der in chain)
             crypto.X509StoreContext(self._store, peer, between).verify_certificate()
-        except ValueError:
+        except (ValueError, crypto.Error):  # ValueError for an empty chain
             return "it cannot be read"
         except crypto.X509StoreContextError as exc:
             return _WORDS.get(int(exc.errors[0]), str(exc.errors[2]))

@@ -171,7 +171,7 @@ async def _serve_until_signal(
     authorization = Authorization(
         role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout)
     )
-    clients = ConnectedClients(prepared.tls_state, authorization)
+    clients = ConnectedClients(prepared.tls_state, authorization, incidents)
     active_clients = ActiveClients()
     context = OperationContext(
         supervisor=supervisor,

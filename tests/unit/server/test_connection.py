@@ -91,7 +91,9 @@ class Site:
         )
         return cls(
             certs,
-            ConnectedClients(TlsState.of(configured_files(security), security), authorization),
+            ConnectedClients(
+                TlsState.of(configured_files(security), security), authorization, Incidents()
+            ),
             context,
         )
 

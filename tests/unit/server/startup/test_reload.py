@@ -69,7 +69,9 @@ def door_of(certs: Path) -> ConnectedClients:
     init_authority(certs, [], now=datetime.now(UTC))
     security = security_of(certs)
     authorization = Authorization(role_table({}), longest_seconds=60)
-    return ConnectedClients(TlsState.of(configured_files(security), security), authorization)
+    return ConnectedClients(
+        TlsState.of(configured_files(security), security), authorization, Incidents()
+    )
 
 
 def reader_that_has_ended() -> ConfigurationReader:
