@@ -5,6 +5,10 @@ loop for as long as a peer sends post-handshake messages (RFC 8446, section 4.6)
 record would block everything else. OpenSSL gets one record at a time, because it handles all key
 updates (section 4.6.3) that it has before it returns: six hundred took 10 to 20 ms.
 
+OpenSSL handles a whole handshake message in one call too. It looks up each key share of a hello in
+the client's list of groups, and parses each certificate: a hello of 64 KiB took 60 to 90 ms, and
+certificates of 100 KB took 37 ms. So a server bounds the bytes of a handshake (`HandshakeBounds`).
+
 trio.SSLStream has such buffers too, but it reads one record (16 KiB) at a time and encrypts a whole
 message at once. Here, a message is encrypted and sent a few records at a time, so the copied data
 stays in the processor's cache. A read continues while data is available, so a large message costs
@@ -24,7 +28,7 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -38,10 +42,30 @@ BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
 LEAST_TAKEN_BYTES = 4096
 """A peer that acknowledges fewer bytes in `stall_seconds` counts as one that reads nothing."""
+_PLAIN_HANDSHAKE = 22
+"""The type of a record with handshake messages that are not encrypted: RFC 8446, section 5.1."""
+_TOO_LONG = b"\3\3\xff\xff"
+"""Version and length of a record that is longer than any. OpenSSL refuses it by its header."""
 _DER = 2
 """ENCODING_DER of CPython's module _ssl."""
 _BYTES_ACKED = struct.Struct("=120xQ")
 """The field tcpi_bytes_acked of struct tcp_info, linux/tcp.h."""
+
+
+class HandshakeBounds(NamedTuple):
+    """The most bytes of TLS records, with their headers, that a peer may send in its handshake."""
+
+    plain: float = math.inf
+    """In records with handshake messages that are not encrypted. In TLS 1.3 that are the hellos of
+    a client, also the second one that the server may ask for."""
+    total: float = math.inf
+    """In all records: the certificates as well."""
+
+
+class HandshakeTooLong(ssl.SSLError):
+    """The peer has exceeded one of the `HandshakeBounds`."""
+
+    reason = ""  # none of OpenSSL's: the text of the error says it
 
 
 async def _at_once() -> None:
@@ -59,9 +83,13 @@ class TLSStream(trio.abc.Stream):
         server_side: bool = False,
         server_name: str | None = None,
         receive_bytes: int = RECORD_BYTES,
+        bounds: HandshakeBounds = HandshakeBounds(),  # noqa: B008 - immutable
         take_turn: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
-        """`receive_bytes` is the most that one recv(2) reads from the socket."""
+        """`receive_bytes` is the most that one recv(2) reads from the socket.
+
+        A peer that exceeds one of the `bounds` is refused before OpenSSL gets the record.
+        """
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
@@ -76,6 +104,10 @@ class TLSStream(trio.abc.Stream):
         self.take_turn = take_turn
         """Waits until this connection may decrypt or drop a record, or the part that has come."""
         self._receive_bytes = receive_bytes
+        self._plain_left, self._total_left = bounds
+        """Bytes that the peer may still send in its handshake."""
+        self._excess = ""
+        """Why the peer is refused; empty if it is not."""
         self._received = memoryview(b"")
         """Bytes from the socket that OpenSSL did not get yet."""
         self._record_left = 0
@@ -98,8 +130,10 @@ class TLSStream(trio.abc.Stream):
             except ssl.SSLError as error:
                 with suppress(BlockingIOError, trio.BrokenResourceError):
                     self._flush_now()
-                raise trio.BrokenResourceError from error
+                too_long = HandshakeTooLong(ssl.SSL_ERROR_SSL, self._excess)
+                raise trio.BrokenResourceError from too_long if self._excess else error
             else:
+                self._plain_left = self._total_left = math.inf
                 await self._flush()
                 return
 
@@ -110,14 +144,18 @@ class TLSStream(trio.abc.Stream):
 
     @property
     def peer_chain(self) -> tuple[bytes, ...]:
-        """The certificates that the peer has presented, in DER, its own first.
+        """The certificates in DER that the peer has presented and its check needed, its own first.
 
-        Python 3.13 has a public method for it; in 3.10 to 3.12, only the inner object has it.
+        A session of TLS 1.2 that was resumed has no check of its own, and all that were presented.
+        Python 3.13 has public methods for it; in 3.10 to 3.12, only the inner object has them.
         """
         if sys.version_info >= (3, 13):
-            return tuple(self.tls.get_unverified_chain())
-        inner = self.tls._sslobj  # type: ignore[attr-defined]
-        return tuple(each.public_bytes(_DER) for each in inner.get_unverified_chain() or ())
+            presented, verified = self.tls.get_unverified_chain(), self.tls.get_verified_chain()
+        else:
+            inner = self.tls._sslobj  # type: ignore[attr-defined]
+            chains = inner.get_unverified_chain(), inner.get_verified_chain()
+            presented, verified = ([c.public_bytes(_DER) for c in chain or ()] for chain in chains)
+        return tuple(each for each in verified or presented if each in presented)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -216,6 +254,10 @@ class TLSStream(trio.abc.Stream):
         if not self._record_left and len(received) >= RECORD_HEADER_BYTES:
             length = int.from_bytes(received[3:RECORD_HEADER_BYTES])
             self._record_left = RECORD_HEADER_BYTES + length
+            if self._exceeds_handshake(received[0]):
+                # In place of the record, so that OpenSSL sends the alert record_overflow.
+                self._incoming.write(bytes(received[:1]) + _TOO_LONG)
+                return True
         given = received[: self._record_left]
         if not given:
             return False
@@ -224,6 +266,17 @@ class TLSStream(trio.abc.Stream):
         more = len(received) > len(given)  # an empty view would keep the whole buffer alive
         self._received = received[len(given) :] if more else memoryview(b"")
         return True
+
+    def _exceeds_handshake(self, kind: int) -> bool:
+        """Whether the record that begins exceeds a bound of the handshake."""
+        self._total_left -= self._record_left
+        if kind == _PLAIN_HANDSHAKE:
+            self._plain_left -= self._record_left
+            if self._plain_left < 0:
+                self._excess = "the client's hello is too long"
+        if self._total_left < 0 and not self._excess:
+            self._excess = "the client's certificates are too long"
+        return bool(self._excess)
 
     # --- sending ----------------------------------------------------------------------------
 

@@ -6,20 +6,28 @@ Counted are bytes of memory and the event loop's own processor time, never secon
 import json
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from bench.turns import Turns, watched_turns
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from jobworker.cli.worker.embedded_service import EmbeddedService
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
+from jobworker.errors import CertificateRefused
 
 from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
 from ..services import open_embedded
+from .client_hello import HANDSHAKE, RECORD_OVERFLOW, client_hello, records
 from .raw_socket import TEXT, frame, open_raw
 
 MEBIBYTE = 1 << 20
@@ -81,6 +89,75 @@ def forget_peak(service: EmbeddedService) -> None:
 def large_job(count: int = 45_000) -> Json:
     """A request of nearly a megabyte."""
     return {"command": ["true"], "environment": {f"V{n}": "x" * 10 for n in range(count)}}
+
+
+async def answer_to(service: EmbeddedService, *flights: bytes) -> bytes:
+    """Send each flight without TLS, once the one before it was answered: the last answer."""
+    host, port = service.address.rsplit(":", 1)
+    answer = b""
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        for flight in flights:
+            await stream.send_all(flight)
+            answer = await stream.receive_some()
+    return answer
+
+
+async def test_long_hello_of_a_stranger_is_refused_unread(
+    turns: Turns, flooded: EmbeddedService, bystander: Wire
+) -> None:
+    """OpenSSL searched the groups for each share: 60 to 90 ms for the first one of these."""
+    await bystander.call("service.hello")
+    first = records(client_hello())
+    assert (await answer_to(flooded, first))[:1] == HANDSHAKE
+    asks_again = records(client_hello(shares=0))
+    assert (await answer_to(flooded, asks_again))[:1] == HANDSHAKE
+    turns.reset()
+    long, small_records = client_hello(16_000, 6_400), records(client_hello(3_000, 600), 100)
+    for flights in ((records(long),), (small_records,), (asks_again, small_records)):
+        before = flooded.log_text().count("hello is too long")
+        assert await answer_to(flooded, *flights) == RECORD_OVERFLOW
+        await until(lambda n=before: flooded.log_text().count("hello is too long") > n)  # type: ignore[misc]
+    assert turns.longest_ms() < SHORT_TURN_MS, turns.task()
+
+
+def extra_certificate(padding: int) -> bytes:
+    """A certificate that no chain needs, in PEM."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    padded = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), bytes(padding))
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, now, now + timedelta(days=1)
+    ).add_extension(padded, critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize(("padding", "count"), [(0, 70), (17_000, 1)])
+async def test_long_chain_of_certificates_is_refused_unread(
+    turns: Turns, flooded: EmbeddedService, bystander: Wire, padding: int, count: int
+) -> None:
+    """281 small ones took 37 ms, of a stranger too; and each connection kept all of its own."""
+    await bystander.call("service.hello")
+    one = flooded.environment("viewer")
+    path = flooded.directory / "chain.pem"
+
+    def connecting(extra: bytes) -> AbstractAsyncContextManager[Client]:
+        path.write_bytes(Path(one["WORKER_CERT_PATH"]).read_bytes() + extra)
+        return open_client(
+            flooded.address,
+            ca=Path(one["WORKER_CA_PATH"]),
+            certificate=path,
+            key=Path(one["WORKER_KEY_PATH"]),
+            patience_seconds=0,
+        )
+
+    async with connecting(extra_certificate(1700) * 4) as client:  # RSA of 4,096 bits
+        await client.hello()
+    turns.reset()
+    with pytest.raises(CertificateRefused, match="certificates are too long"):
+        async with connecting(extra_certificate(padding) * count):
+            pass
+    await until(lambda: "the client's certificates are too long" in flooded.log_text())
+    assert turns.longest_ms() < SHORT_TURN_MS, turns.task()
 
 
 async def test_replies_that_nobody_takes_cost_a_bounded_amount_of_memory(

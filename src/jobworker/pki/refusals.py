@@ -44,6 +44,8 @@ _ALERTS = {
     "UNSUPPORTED_CERTIFICATE": "this client's certificate is not made for clients",
     "CERTIFICATE_UNKNOWN": "this client's certificate did not pass its checks",
     "DECRYPT_ERROR": "this client's certificate has a wrong signature",
+    "RECORD_OVERFLOW": "this client's certificates are too long; its file needs its own one and "
+    "those of the CAs between it and the server's CA, 16 KB together",
     "ACCESS_DENIED": "this client's certificate gives no access",
     "HANDSHAKE_FAILURE": "client and server have no common TLS parameters, or it got no "
     "certificate",

@@ -12,6 +12,7 @@ HTTP reply with the reason. A client that speaks HTTP without TLS gets such a re
 """
 
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ from jobworker.server.fairness.connection_limiter import (
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
-from jobworker.tls_stream import RECORD_BYTES, TLSStream
+from jobworker.tls_stream import RECORD_BYTES, HandshakeBounds, TLSStream
 
 log = logging.getLogger("jobworker.server")
 
@@ -75,6 +76,12 @@ HANDSHAKE_3_X = b"\x16\3"
 RECORD_HEADER_BYTES = 5
 ESTABLISHED = 1
 """TCP_ESTABLISHED of the kernel's net/tcp_states.h."""
+HELLO_BYTES = 8192
+"""The most that a client of TLS 1.3 may send before its certificate. Hellos have 0.3 to 0.6 KB, and
+with the keys of two post-quantum groups 3.5 KB. OpenSSL takes 1.4 ms for the worst one of 8 KB."""
+HANDSHAKE_BYTES = 16_384
+"""The most that a client may send in its handshake, certificates included. Four certificates with
+RSA keys of 4,096 bits have 8 KB. OpenSSL takes 0.1 ms for each certificate, however short it is."""
 UNREAD = "\0" * (LARGE_BYTES + 1)
 """Replaces a large message that was dropped: it is large too, and never JSON, whatever follows."""
 
@@ -117,6 +124,7 @@ async def serve_connection(
                 tcp,
                 tls_state.tls,
                 server_side=True,
+                bounds=_handshake_bounds(tls_state.tls),
                 take_turn=partial(context.incoming.wait_turn, line_of(network), RECORD_COST),
             )
             http, head = http_connection(), None
@@ -253,6 +261,12 @@ async def _peek(tcp: trio.socket.SocketType, size: int) -> bytes:
 def _is_gone(tcp: socket.socket | trio.socket.SocketType) -> bool:
     """Whether the peer has closed: tcpi_state of tcp_info, tcp(7)."""
     return tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
+
+
+def _handshake_bounds(tls: ssl.SSLContext) -> HandshakeBounds:
+    """In TLS 1.2, certificates are not encrypted either, so nothing bounds the hello apart."""
+    only_1_3 = tls.minimum_version is ssl.TLSVersion.TLSv1_3
+    return HandshakeBounds(HELLO_BYTES if only_1_3 else math.inf, HANDSHAKE_BYTES)
 
 
 async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:

@@ -200,6 +200,22 @@ async def test_stranger_is_not_about(site: Site) -> None:
         assert not site.context.active_clients.has_others(())
 
 
+async def test_connection_keeps_only_the_certificates_that_its_check_needed(
+    site: Site, tmp_path: Path
+) -> None:
+    """A client may send others, and they would be parsed at each reload."""
+    init_authority(tmp_path / "other", [], now=datetime.now(UTC))
+    tls = ssl.create_default_context(cafile=site.certs / "ca-cert.pem")
+    own = (site.certs / f"{NAME}-cert.pem").read_text()
+    other = (tmp_path / "other" / "ca-cert.pem").read_text()
+    (tmp_path / "chain.pem").write_text(own + other * 3)
+    tls.load_cert_chain(tmp_path / "chain.pem", site.certs / f"{NAME}-key.pem")
+    async with site.dialled(tls) as stream:
+        await upgrade(stream, "localhost", SUBPROTOCOL)
+        (client,) = site.door._inside
+        assert client.certificates.chain == (ssl.PEM_cert_to_DER_cert(own),)
+
+
 async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(site: Site) -> None:
     active_clients = site.context.active_clients
     async with site.connected() as (stream, client):

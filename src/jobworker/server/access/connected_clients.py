@@ -69,7 +69,8 @@ class PeerCertificates:
     own: Mapping[str, object]
     """Its own certificate, as `ssl.SSLObject.getpeercert` returns it."""
     chain: tuple[bytes, ...]
-    """All certificates in DER, its own first."""
+    """Those in DER that its check needed, its own first. A client may send others with them; these
+    would take memory, and time at each reload."""
 
 
 @define(eq=False)
