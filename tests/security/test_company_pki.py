@@ -11,10 +11,14 @@ import ssl
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.client.client import Client
@@ -227,6 +231,75 @@ async def test_certificate_that_is_no_authority_is_not_trusted(pki: Path) -> Non
     with pytest.raises(HostUnsupported, match=r"CN=client.*is not a CA"):
         async with serving(pki, ca=("root-cert.pem", "client-alone.pem"), crl=()):
             pass
+
+
+def list_of_issuing(pki: Path, extension: x509.ExtensionType) -> bytes:
+    """An empty list of the issuing CA, newer than its other ones, with a critical extension."""
+    key = serialization.load_pem_private_key((pki / "issuing-key.pem").read_bytes(), None)
+    issuing = x509.load_pem_x509_certificate((pki / "issuing-cert.pem").read_bytes())
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuing.subject)
+        .last_update(now)
+        .next_update(now + timedelta(days=1))
+        .add_extension(extension, critical=True)
+    )
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    made = builder.sign(key, hashes.SHA256())
+    return made.public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_delta_list_brings_no_revoked_client_back(pki: Path, *, before: bool) -> None:
+    """OpenSSL 3.0 took it for the complete list, in which nobody is revoked."""
+    async with serving(pki, ca=("issuing-cert.pem",), crl=("issuing-crl.pem",)) as service:
+        with_subjects(pki, SPIFFE)
+        shell(pki, REVOKE)
+        join(pki, "lists.pem", "issuing-crl.pem")
+        await reload(service)
+        await is_refused(service, "certificate revoked")
+        delta = list_of_issuing(pki, x509.DeltaCRLIndicator(1))
+        complete = (pki / "issuing-crl.pem").read_bytes()
+        (pki / "lists.pem").write_bytes(delta + complete if before else complete + delta)
+        await reload(service)
+        assert "lists.pem: it is a delta list" in service.log_text()
+        refusals = service.log_text().count("certificate revoked")
+        with pytest.raises(JobworkerError):
+            await who_am_i(service)
+        await until(lambda: service.log_text().count("certificate revoked") > refusals)
+
+
+async def test_list_of_a_distribution_point_is_for_the_certificates_that_name_it(pki: Path) -> None:
+    """In the handshake and at a reload alike."""
+    uri = "http://crl.example.org/1.crl"
+    with (pki / "extensions.cnf").open("a") as extensions:
+        extensions.write("[point]\n")
+        extensions.write(
+            (pki / "extensions.cnf").read_text().partition("[client]\n")[2].partition("[ca]")[0]
+        )
+        extensions.write(f"crlDistributionPoints = URI:{uri}\n")
+    shell(
+        pki,
+        "export CA=issuing\n"
+        "openssl x509 -req -in client.csr -CA issuing-cert.pem -CAkey issuing-key.pem "
+        "-out point.pem -days 90 -extfile extensions.cnf -extensions point\n",
+    )
+    async with serving(pki, ca=("issuing-cert.pem",), crl=("issuing-crl.pem",)) as service:
+        with_subjects(pki, SPIFFE)
+        await reload(service)
+        async with connecting(service), connecting(service, own="point.pem") as named:
+            scope = x509.IssuingDistributionPoint(
+                [x509.UniformResourceIdentifier(uri)], None, False, False, None, False, False
+            )
+            (pki / "lists.pem").write_bytes(list_of_issuing(pki, scope))
+            await reload(service)
+            await until(lambda: service.log_text().count(": ended: client") == 1)
+            await named.hello()
+            warning = f"only for certificates that name the distribution point {uri}"
+            await until(lambda: warning in service.log_text())
+        assert (await who_am_i(service, own="point.pem"))[1] == "admin"
+        await is_refused(service, "different CRL scope")
 
 
 async def test_missing_list_is_named_at_the_start(pki: Path) -> None:

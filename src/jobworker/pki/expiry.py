@@ -7,7 +7,7 @@ from cryptography import x509
 
 from jobworker.pki.authority import is_made_here
 from jobworker.pki.credentials import RENEWAL, SERVER_REMEDY, PemFile, read_certificates
-from jobworker.pki.revocation import read_all, unproven_lists
+from jobworker.pki.revocation import list_warnings, read_all
 from jobworker.pki.server_files import ServerFiles
 
 WARN_BEFORE = timedelta(days=30)
@@ -42,8 +42,8 @@ class _Validity:
 def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
     """Return a line for each certificate or list that expires soon or has expired.
 
-    Also one for each unproven list (`revocation`). Raises `CredentialsUnusable` for an unreadable
-    file, since files change after a start.
+    Also the warnings of `list_warnings`. Raises `CredentialsUnusable` for an unreadable file, since
+    files change after a start.
     """
     ends = [
         *_certificates(_CERTIFICATE, files.certificate, RENEWAL),
@@ -59,7 +59,7 @@ def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
             whose = term.name.rfc4514_string()
             remedy = _RENEW[term.what, is_made_here(term.issuer)]
             warnings.append(f"the {term.what} of {whose} in {term.path} {when} {moment}; {remedy}")
-    return (*warnings, *unproven_lists(files, now))
+    return (*warnings, *list_warnings(files, now))
 
 
 def _certificates(what: str, file: PemFile, remedy: str) -> list[_Validity]:

@@ -1,18 +1,19 @@
 """Check revocation lists before use, and check connected clients against a new list.
 
 During a handshake, the TLS context checks the client. A client that connected before a list changed
-is checked here, with the chain that it has presented and with OpenSSL's own X509Store (through
-pyOpenSSL), so both checks agree. The verifier of cryptography was rejected: it accepts revoked
+is checked here, with the certificates that it has presented and with OpenSSL's own X509Store
+(through pyOpenSSL). That is another version of OpenSSL than Python's, so lists about which versions
+disagree are refused (`list_scope`). The verifier of cryptography was rejected: it accepts revoked
 certificates.
 
-A list is accepted only if its CA has signed it and it is within its validity (RFC 5280, section
-5.1.2), and each trusted CA must have a list. Otherwise the file is refused with the reason, because
-a list that is silently ignored protects nobody.
+A list is accepted only if its CA has signed it, it is within its validity (RFC 5280, section 5.1.2)
+and it is complete, and each trusted CA must have a list. Otherwise the file is refused with the
+reason, because a list that is silently ignored protects nobody.
 
 One exception is a list of a CA that the server does not know yet, an unproven list: a company's
 root is trusted, and clients send their issuing CA's certificate. OpenSSL verifies the signature of
 such a list when a client needs it, and refuses each client whose issuer has no valid list. Until
-then, a warning names the list (`unproven_lists`).
+then, a warning names the list (`list_warnings`).
 
 If all chains end in a trusted root and every issuer has a list, all certificates of a chain are
 checked, also those of issuing CAs. Otherwise, only the client's own is checked (`reaches_up`).
@@ -28,6 +29,7 @@ from OpenSSL import crypto
 
 from jobworker import errors
 from jobworker.pki.credentials import PemFile
+from jobworker.pki.list_scope import distribution_point, scope_fault
 from jobworker.pki.server_files import CRL_REMEDY, ServerFiles
 from jobworker.pki.unreadable import UNREADABLE
 
@@ -77,6 +79,10 @@ def read_lists(files: ServerFiles, now: datetime) -> RevocationLists:
             raise _unusable(file, f"it contains no list of the CA {name}{instead}")
     trusted = {each.subject for each in authorities}
     reaches_up = all(each.issuer in issuers & trusted for each in authorities)
+    complete = {each.issuer for each in lists if distribution_point(each) is None}
+    for root in trusted - complete if reaches_up else ():
+        point = f"its list of {root.rfc4514_string()} is only for a distribution point"
+        raise _unusable(file, f"{point}, and so not for the certificate of that root itself")
     return RevocationLists(lists, reaches_up, unproven)
 
 
@@ -89,15 +95,29 @@ def read_all(file: PemFile) -> tuple[x509.CertificateRevocationList, ...]:
         raise _unusable(file, f"it is damaged ({exc})") from None
 
 
-def unproven_lists(files: ServerFiles, now: datetime) -> tuple[str, ...]:
-    """Return a warning for each list of an unknown CA. Raises `CredentialsUnusable`."""
-    return tuple(
-        f"the revocation list of {each.issuer.rfc4514_string()} in {files.crl.path} can be checked "
-        "only when a client sends that CA's certificate; add the certificate to security.ca_cert "
-        "or to the chain in security.server_cert"
-        for each in read_lists(files, now).unproven
-        if files.crl is not None
-    )
+def list_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
+    """Return a warning for each list of an unknown CA, and for each of a distribution point.
+
+    Raises `CredentialsUnusable`.
+    """
+    if files.crl is None:
+        return ()
+    lists = read_lists(files, now)
+    warnings = []
+    for each in lists.all:
+        its = f"the revocation list of {each.issuer.rfc4514_string()} in {files.crl.path}"
+        if each in lists.unproven:
+            warnings.append(
+                f"{its} can be checked only when a client sends that CA's certificate; add the "
+                "certificate to security.ca_cert or to the chain in security.server_cert"
+            )
+        if point := distribution_point(each):
+            warnings.append(
+                f"{its} is only for certificates that name the distribution point {point}, and "
+                "all others of that CA are refused; get a list without the extension "
+                "issuingDistributionPoint if that is not wanted"
+            )
+    return tuple(warnings)
 
 
 def _fault(
@@ -108,6 +128,8 @@ def _fault(
         return "its signature is not the CA's"
     if isinstance(found.signature_hash_algorithm, _WEAK):
         return f"its signature is too weak ({found.signature_hash_algorithm.name})"
+    if fault := scope_fault(found):
+        return fault
     if found.last_update_utc > now:
         return f"it is not valid before {found.last_update_utc.isoformat()}; check the clock"
     end = found.next_update_utc

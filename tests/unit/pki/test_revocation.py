@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from jobworker.errors import CredentialsUnusable
 from jobworker.pki.authority import Authority
 from jobworker.pki.credentials import PemFile
-from jobworker.pki.revocation import Verifier, read_all, read_lists, unproven_lists
+from jobworker.pki.revocation import Verifier, list_warnings, read_all, read_lists
 from jobworker.pki.server_files import CRL_REMEDY, ServerFiles
 
 NOW = datetime.now(UTC)  # the verifier goes by the clock
@@ -154,14 +154,14 @@ def test_list_of_another_ca_alone_is_named_in_the_refusal(site: Site, stranger: 
 def test_list_of_an_unknown_ca_is_warned_about(site: Site, stranger: Authority) -> None:
     files = site.files(made_list(site.authority) + made_list(stranger))
     assert len(read_lists(files, NOW).unproven) == 1
-    (warning,) = unproven_lists(files, NOW)
+    (warning,) = list_warnings(files, NOW)
     assert "CN=stranger in /crl.pem" in warning
     known = site.files(
         made_list(site.authority) + made_list(stranger),
         certificate=pem(site.server, stranger.root.certificate),
     )
-    assert unproven_lists(known, NOW) == (), "its certificate is in the server's chain"
-    assert unproven_lists(site.files(None), NOW) == ()
+    assert list_warnings(known, NOW) == (), "its certificate is in the server's chain"
+    assert list_warnings(site.files(None), NOW) == ()
 
 
 def test_list_of_the_servers_chain_is_checked(site: Site, stranger: Authority) -> None:
