@@ -2,12 +2,8 @@
 
 OpenSSL works on two buffers in memory, never on the socket. On the socket, it would block the event
 loop for as long as a peer sends post-handshake messages (RFC 8446, section 4.6), and a half-sent
-record would block everything else. OpenSSL gets one record at a time, because it handles all key
-updates (section 4.6.3) that it has before it returns: six hundred took 10 to 20 ms.
-
-OpenSSL handles a whole handshake message in one call too. It looks up each key share of a hello in
-the client's list of groups, and parses each certificate: a hello of 64 KiB took 60 to 90 ms, and
-certificates of 100 KB took 37 ms. So a server bounds the bytes of a handshake (`HandshakeBounds`).
+record would block everything else. OpenSSL gets one record at a time, and a server bounds the bytes
+of a handshake (`tls_records`).
 
 trio.SSLStream has such buffers too, but it reads one record (16 KiB) at a time and encrypts a whole
 message at once. Here, a message is encrypted and sent a few records at a time, so the copied data
@@ -28,38 +24,25 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import trio
+
+from jobworker.tls_records import HandshakeBounds, IncomingRecords
 
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
 RECORD_BYTES = 16_384
 """Maximum of plain text in one TLS record: RFC 8446, section 5.1."""
-RECORD_HEADER_BYTES = 5
 BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
 LEAST_TAKEN_BYTES = 4096
 """A peer that acknowledges fewer bytes in `stall_seconds` counts as one that reads nothing."""
-_PLAIN_HANDSHAKE = 22
-"""The type of a record with handshake messages that are not encrypted: RFC 8446, section 5.1."""
-_TOO_LONG = b"\3\3\xff\xff"
-"""Version and length of a record that is longer than any. OpenSSL refuses it by its header."""
 _DER = 2
 """ENCODING_DER of CPython's module _ssl."""
 _BYTES_ACKED = struct.Struct("=120xQ")
 """The field tcpi_bytes_acked of struct tcp_info, linux/tcp.h."""
-
-
-class HandshakeBounds(NamedTuple):
-    """The most bytes of TLS records, with their headers, that a peer may send in its handshake."""
-
-    plain: float = math.inf
-    """In records with handshake messages that are not encrypted. In TLS 1.3 that are the hellos of
-    a client, also the second one that the server may ask for."""
-    total: float = math.inf
-    """In all records: the certificates as well."""
 
 
 class HandshakeTooLong(ssl.SSLError):
@@ -90,9 +73,9 @@ class TLSStream(trio.abc.Stream):
 
         A peer that exceeds one of the `bounds` is refused before OpenSSL gets the record.
         """
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
+            incoming, self._outgoing, server_side=server_side, server_hostname=server_name
         )
         """The TLS object: it answers questions about the peer's certificate."""
         taken = tcp.socket
@@ -104,14 +87,7 @@ class TLSStream(trio.abc.Stream):
         self.take_turn = take_turn
         """Waits until this connection may decrypt or drop a record, or the part that has come."""
         self._receive_bytes = receive_bytes
-        self._plain_left, self._total_left = bounds
-        """Bytes that the peer may still send in its handshake."""
-        self._excess = ""
-        """Why the peer is refused; empty if it is not."""
-        self._received = memoryview(b"")
-        """Bytes from the socket that OpenSSL did not get yet."""
-        self._record_left = 0
-        """Bytes that OpenSSL did not get yet of the record whose beginning it has."""
+        self._incoming = IncomingRecords(incoming, bounds)
         self._unsent = memoryview(b"")
         self._sending = trio.StrictFIFOLock()
         self._broken = self._finished = False
@@ -122,7 +98,7 @@ class TLSStream(trio.abc.Stream):
             try:
                 self.tls.do_handshake()
             except ssl.SSLWantReadError:
-                if not self._give_record():
+                if not self._incoming.give():
                     await self._flush()
                     await self._receive_more()
                     await trio.lowlevel.checkpoint()
@@ -130,10 +106,11 @@ class TLSStream(trio.abc.Stream):
             except ssl.SSLError as error:
                 with suppress(BlockingIOError, trio.BrokenResourceError):
                     self._flush_now()
-                too_long = HandshakeTooLong(ssl.SSL_ERROR_SSL, self._excess)
-                raise trio.BrokenResourceError from too_long if self._excess else error
+                excess = self._incoming.excess
+                too_long = HandshakeTooLong(ssl.SSL_ERROR_SSL, excess)
+                raise trio.BrokenResourceError from too_long if excess else error
             else:
-                self._plain_left = self._total_left = math.inf
+                self._incoming.end_handshake()
                 await self._flush()
                 return
 
@@ -184,7 +161,7 @@ class TLSStream(trio.abc.Stream):
             if fruitless:  # post-handshake messages: a peer may send any number of them
                 await trio.lowlevel.checkpoint()
             fruitless = True
-            if not self._give_record():
+            if not self._incoming.give():
                 yielded = await self._receive_more() or yielded
             await self.take_turn()
 
@@ -206,7 +183,7 @@ class TLSStream(trio.abc.Stream):
                 try:
                     count = int(self.tls.read(len(buffer) - filled, buffer[filled:]))  # type: ignore[call-overload, unused-ignore]
                 except ssl.SSLWantReadError:
-                    if self._give_record():
+                    if self._incoming.give():
                         continue
                     if filled == at_last_receive or not self._receive_now():
                         return filled or None
@@ -239,44 +216,10 @@ class TLSStream(trio.abc.Stream):
         except OSError as error:
             raise trio.BrokenResourceError from error
         if data:
-            self._received = memoryview(bytes(self._received) + data if self._received else data)
-            self._give_record()
+            self._incoming.receive(data)
         else:
-            if self._received:
-                self._incoming.write(self._received)
-            self._received = memoryview(b"")
-            self._incoming.write_eof()
+            self._incoming.end()
         return True
-
-    def _give_record(self) -> bool:
-        """Pass the next record to OpenSSL, or the received part of it; False if there is none."""
-        received = self._received
-        if not self._record_left and len(received) >= RECORD_HEADER_BYTES:
-            length = int.from_bytes(received[3:RECORD_HEADER_BYTES])
-            self._record_left = RECORD_HEADER_BYTES + length
-            if self._exceeds_handshake(received[0]):
-                # In place of the record, so that OpenSSL sends the alert record_overflow.
-                self._incoming.write(bytes(received[:1]) + _TOO_LONG)
-                return True
-        given = received[: self._record_left]
-        if not given:
-            return False
-        self._incoming.write(given)
-        self._record_left -= len(given)
-        more = len(received) > len(given)  # an empty view would keep the whole buffer alive
-        self._received = received[len(given) :] if more else memoryview(b"")
-        return True
-
-    def _exceeds_handshake(self, kind: int) -> bool:
-        """Whether the record that begins exceeds a bound of the handshake."""
-        self._total_left -= self._record_left
-        if kind == _PLAIN_HANDSHAKE:
-            self._plain_left -= self._record_left
-            if self._plain_left < 0:
-                self._excess = "the client's hello is too long"
-        if self._total_left < 0 and not self._excess:
-            self._excess = "the client's certificates are too long"
-        return bool(self._excess)
 
     # --- sending ----------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ from jobworker.server.fairness.connection_limiter import (
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
-from jobworker.tls_stream import RECORD_BYTES, HandshakeBounds, TLSStream
+from jobworker.tls_records import RECORD_HEADER_BYTES, HandshakeBounds
+from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
 log = logging.getLogger("jobworker.server")
 
@@ -73,7 +74,6 @@ MAX_FRAGMENTS = 16_384
 """The most frames of one message. Empty frames add nothing to its size, but each takes memory."""
 
 HANDSHAKE_3_X = b"\x16\3"
-RECORD_HEADER_BYTES = 5
 ESTABLISHED = 1
 """TCP_ESTABLISHED of the kernel's net/tcp_states.h."""
 HELLO_BYTES = 8192
