@@ -19,7 +19,6 @@ import trio
 from attrs import evolve, field, frozen
 
 import jobworker
-from jobworker.core_list import parse_cores
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.search import Filter
@@ -28,15 +27,10 @@ from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
-from jobworker.model.job import JobRecord, JobSpec, parse_signal
+from jobworker.model.job import JobRecord, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize, whole
-from jobworker.model.units import (
-    MEBIBYTE,
-    format_mebibytes,
-    from_nanoseconds,
-    nanoseconds,
-)
+from jobworker.model.units import from_nanoseconds, nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
@@ -53,6 +47,7 @@ from jobworker.server.fairness.send_budget import ALONE, SendBudget
 from jobworker.server.fairness.slots import Slots
 from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises
+from jobworker.server.requests.host_checks import check_against_host, check_runtime
 
 MESSAGES_A_TURN = 4
 """Messages that pass in one turn of the event loop: they take one to two milliseconds."""
@@ -152,8 +147,8 @@ async def _hello(_: OperationContext, caller: Caller, __: m.Nothing) -> m.Welcom
 async def _run(context: OperationContext, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
         caller.subscriptions.check_room()
-    _check_against_host(params.job, context.host)
-    _check_runtime(params.job.runtime, context.runtimes)
+    check_against_host(params.job, context.host)
+    check_runtime(params.job.runtime, context.runtimes)
     unbounded = caller.role.may(Permission.UNBOUNDED)
     execution = await context.supervisor.submit(
         params.job,
@@ -177,58 +172,11 @@ async def _run(context: OperationContext, caller: Caller, params: m.RunParams) -
 
 
 async def _plan(context: OperationContext, _: Caller, params: m.PlanParams) -> m.Plan:
-    _check_against_host(params.job, context.host)
-    _check_runtime(params.job.runtime, context.runtimes)
+    check_against_host(params.job, context.host)
+    check_runtime(params.job.runtime, context.runtimes)
     limits, steps = await context.supervisor.plan(params.job)
     told = (m.PlannedStep(name=n, subject=s, explanation=e) for n, s, e in steps)
     return m.Plan(limits=limits, steps=tuple(told))
-
-
-def _check_runtime(name: str, known: frozenset[str]) -> None:
-    if name and name not in known:
-        raise _refused(
-            "runtime",
-            f"there is no {name!r} here",
-            remedy="ask for one of " + ", ".join(sorted(known))
-            if known
-            else "ask for none: the server's configuration has no [runtimes]",
-        )
-
-
-def _refused(path: str, problem: str, *, remedy: str) -> InvalidParams:
-    """The error for a value of a job's spec that this host cannot serve; its path is a fault."""
-    return InvalidParams(
-        f"cannot run the command: {path}: {problem}",
-        remedy=remedy,
-        data={"faults": [{"path": f"job.{path}", "problem": problem}]},
-    )
-
-
-def _check_against_host(job: JobSpec, host: HostFacts) -> None:
-    limits = job.limits
-    cpu, memory = limits.cpu_percent or 0, limits.memory_bytes or 0
-    if cpu > 100 * host.cpus:
-        raise _refused(
-            "limits.cpu_percent",
-            f"{cpu} is more than {100 * host.cpus}, all of this host's {host.cpus} cores",
-            remedy="ask for less, or for 0 (no limit)",
-        )
-    if memory > host.memory_bytes:
-        whole = host.memory_bytes - host.memory_bytes % MEBIBYTE
-        raise _refused(
-            "limits.memory_bytes",
-            f"{format_mebibytes(memory)} is more than {format_mebibytes(whole)}, all of this "
-            "host's memory",
-            remedy="ask for less, or for 0 (no limit)",
-        )
-    missing = parse_cores(job.cpu_cores) - host.cores
-    if missing:
-        there = ", ".join(map(str, sorted(host.cores)))
-        raise _refused(
-            "cpu_cores",
-            f"this host has no core {min(missing)} for jobs; it has {there}",
-            remedy="choose among them",
-        )
 
 
 async def _status(context: OperationContext, caller: Caller, params: m.JobParams) -> Encoded:

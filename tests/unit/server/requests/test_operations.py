@@ -38,6 +38,7 @@ from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import METHODS
 from jobworker.server.delivery.subscriptions import Subscription
 from jobworker.server.requests import operations
+from jobworker.server.requests.host_checks import check_runtime
 
 from ...jobs.played_link import ServiceLink
 from .called_service import (
@@ -369,9 +370,9 @@ async def test_all_that_this_host_has_may_be_asked_for(service: CalledService) -
 
 def test_without_runtimes_the_remedy_is_to_ask_for_none() -> None:
     with pytest.raises(InvalidParams, match="there is no 'ruby' here") as refused:
-        operations._check_runtime("ruby", frozenset())
+        check_runtime("ruby", frozenset())
     assert "ask for none" in refused.value.remedy
-    operations._check_runtime("", frozenset())
+    check_runtime("", frozenset())
 
 
 # --- job.plan -------------------------------------------------------------------------------
