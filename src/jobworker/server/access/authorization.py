@@ -26,6 +26,7 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.pki.identity import Identity
 from jobworker.protocol.methods import Method
 from jobworker.server.delivery.subscriptions import Subscriptions
+from jobworker.server.fairness.call_budget import CallCost
 
 FindJob = Callable[[JobId], Awaitable[JobRecord]]
 """Find a job by id, whoever owns it; raises NotFound."""
@@ -67,6 +68,8 @@ class Caller:
     authorization: Authorization
     peer: str
     """ADDRESS:PORT."""
+    cost: CallCost
+    """What the call costs while it is served."""
 
     @property
     def role(self) -> Role:

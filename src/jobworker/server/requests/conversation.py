@@ -5,11 +5,12 @@
 
 The reader never waits for a job. It waits for its client's turn (`fair_scheduling`), for a large
 request to be served, and while too many replies are unsent or too many notifications are being
-served, since these cost memory. So the server still reads the credits
-of a client whose requests all wait for jobs. The server makes long replies one at a time, each when
-the client has taken the one before it. Large requests and replies need a slot (`slots`). So a
-client that sends requests and reads no replies delays only itself (backpressure), and all of its
-connections together cost a bounded amount of memory.
+served. It also waits for its connection's calls while all calls of the client's name cost too much
+memory (`call_budget`). So the server still reads the credits of a client whose requests all wait
+for jobs. The server makes long replies one at a time, each when the client has taken the one before
+it. Large requests and replies need a slot (`slots`). So a client that sends requests and reads no
+replies delays only itself (backpressure), and all of its connections together cost a bounded amount
+of memory.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -48,6 +49,7 @@ from jobworker.server.access.authorization import Caller
 from jobworker.server.access.connected_clients import ConnectedClient
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.delivery.subscriptions import Subscriptions
+from jobworker.server.fairness.call_budget import CallCost, ConnectionCalls
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations, watches
 from jobworker.server.requests.read_backpressure import ReadBackpressure
@@ -85,6 +87,8 @@ class Conversation:
     """Here tasks wait until a reply has been sent, or a notification has been served."""
     _small_frames: TokenBucket = field(init=False)
     intake: ReadBackpressure = field(init=False)
+    _costs: ConnectionCalls = field(init=False)
+    """What the calls that are being served cost."""
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
 
@@ -95,6 +99,7 @@ class Conversation:
         self._small_frames = TokenBucket(
             trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
         )
+        self._costs = self._context.calls.connection(self._client.identity.common_name)
         self.intake = ReadBackpressure(
             self._context.requests,
             self._client.identity.common_name,
@@ -228,22 +233,30 @@ class Conversation:
         # Requests that wait for a job do not count here: credits behind them must be read.
         while self._busy >= self._context.limiter.limits.max_requests_in_flight:
             await self._less_busy.park()
+        await self._costs.wait_for_room()
         if isinstance(received, InvalidRequest):
             self._note(received)
             if received.message is not None:
                 await self._sender.send(received.message)
-        elif received.method.name in IN_ORDER and not received.answered:
-            await self._outcome(received)
-        elif large and received.method.name in LARGE_REQUESTS:
-            serve = self._answer if received.answered else self._outcome
-            calls.start_soon(self._in_scope, self._deliver, await serve(received))
-        elif received.answered:
-            calls.start_soon(self._in_scope, self._serve_call, received)
         else:
-            calls.start_soon(self._in_scope, self._serve_notification, received)
-
+            await self._begin(received, calls, large=large)
         if large:
             self.intake.end()
+
+    async def _begin(self, call: RpcRequest, calls: trio.Nursery, *, large: bool) -> None:
+        cost = self._costs.begin()
+        if call.method.name in IN_ORDER and not call.answered:
+            with cost:
+                await self._outcome(call, cost)
+        elif large and call.method.name in LARGE_REQUESTS:
+            serve = self._answer if call.answered else self._outcome
+            with cost:
+                outcome = await serve(call, cost)
+            calls.start_soon(self._in_scope, self._deliver, outcome)
+        elif call.answered:
+            calls.start_soon(self._in_scope, self._serve_call, call, cost)
+        else:
+            calls.start_soon(self._in_scope, self._serve_notification, call, cost)
 
     async def _read(self, message: str | bytes) -> RpcRequest | InvalidRequest:
         """Decode a request: a long one in a thread, a large one only if the client may run jobs."""
@@ -282,32 +295,34 @@ class Conversation:
         if isinstance(error, TooManyRequests):
             self._sender.record_limit(error)
 
-    async def _serve_notification(self, call: RpcRequest) -> None:
-        with self._being_busy():
-            outcome = await self._outcome(call)
+    async def _serve_notification(self, call: RpcRequest, cost: CallCost) -> None:
+        with self._being_busy(), cost:
+            outcome = await self._outcome(call, cost)
         del call
         await self._deliver(outcome)
 
-    async def _serve_call(self, call: RpcRequest) -> None:
-        outcome = await self._answer(call)
+    async def _serve_call(self, call: RpcRequest, cost: CallCost) -> None:
+        with cost:
+            outcome = await self._answer(call, cost)
         del call  # its parameters may be large, and the delivery may take long
         await self._deliver(outcome)
 
-    async def _answer(self, call: RpcRequest) -> object:
+    async def _answer(self, call: RpcRequest, cost: CallCost) -> object:
         """Serve a call and send the reply. Returns its outcome, which may be an error.
 
         A reply that may be long is made only when the one before it has been sent.
         """
         if call.method.name in IN_TURN:
             async with self._turn:
-                return await self._answer_now(call)
-        return await self._answer_now(call)
+                return await self._answer_now(call, cost)
+        return await self._answer_now(call, cost)
 
-    async def _answer_now(self, call: RpcRequest) -> object:
-        outcome = await self._outcome(call)
+    async def _answer_now(self, call: RpcRequest, cost: CallCost) -> object:
+        outcome = await self._outcome(call, cost)
         with self._being_busy():
             message = self._encode(call, outcome)
             if len(message) <= LARGE_BYTES:
+                cost.add(len(message))
                 await self._sender.send(message)
                 return outcome
             slots, name = self._context.replies, self._client.identity.common_name
@@ -319,7 +334,7 @@ class Conversation:
                 await slots.acquire(name)
             try:
                 if again:
-                    outcome = await self._outcome(call)
+                    outcome = await self._outcome(call, cost)
                     message = self._encode(call, outcome)
                 frame = frame_text(message)
                 del message
@@ -352,13 +367,14 @@ class Conversation:
             self._busy -= 1
             self._less_busy.unpark_all()
 
-    async def _outcome(self, call: RpcRequest) -> object:
+    async def _outcome(self, call: RpcRequest, cost: CallCost) -> object:
         """Run a call. Returns its result, or its error as a value: both are sent as a reply."""
         caller = Caller(
             identity=self._client.identity,
             subscriptions=self._subscriptions,
             authorization=self._context.authorization,
             peer=self._client.peer,
+            cost=cost,
         )
         try:
             return await operations.call(self._context, caller, call.method, call.params)

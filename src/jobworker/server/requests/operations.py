@@ -9,8 +9,8 @@ The caller may touch each job that the parameters name. An operation that return
 """
 
 import math
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import cast
@@ -27,7 +27,7 @@ from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention_policy import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
-from jobworker.model.job import JobRecord, parse_signal
+from jobworker.model.job import JobId, JobRecord, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize, whole
 from jobworker.model.units import from_nanoseconds, nanoseconds
@@ -41,6 +41,7 @@ from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Authorization, Caller
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
+from jobworker.server.fairness.call_budget import CallBudget
 from jobworker.server.fairness.connection_limiter import ConnectionLimiter
 from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler, FairThreadPool
 from jobworker.server.fairness.send_budget import ALONE, SendBudget
@@ -92,6 +93,8 @@ class OperationContext:
     """Delays incoming bytes, until they are a message or were refused."""
     handshakes: FairScheduler = field(init=False)
     waits: WaitQuota
+    calls: CallBudget = field(factory=CallBudget)
+    """Bounds the memory of calls that are being served, with their small replies."""
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """Slots for large requests, from their first bytes until they are served."""
     replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
@@ -218,17 +221,30 @@ async def _list(context: OperationContext, caller: Caller, params: m.ListParams)
 
 
 async def _wait(context: OperationContext, caller: Caller, params: m.JobParams) -> Encoded:
-    who = caller.identity.common_name
-    with context.waits.waiting(who):
-        return Encoded(summary_of(await context.supervisor.wait(params.id, who))[1])
+    with _waiting(context, caller, params.id):
+        record = await context.supervisor.wait(params.id, caller.identity.common_name)
+    return Encoded(summary_of(record)[1])
 
 
 async def _stop(context: OperationContext, caller: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
     who = caller.identity.common_name
-    with context.waits.waiting(who):
+    with _waiting(context, caller, params.id):
         stopped = await context.supervisor.stop(params.id, number, params.grace_seconds, who)
-        return summarize(stopped)
+    return summarize(stopped)
+
+
+@contextmanager
+def _waiting(context: OperationContext, caller: Caller, job: JobId) -> Iterator[None]:
+    """Count a call as one that waits in the block, if the job is live.
+
+    Raises TooManyRequests.
+    """
+    if context.supervisor.live(job) is None:
+        yield
+        return
+    with context.waits.waiting(caller.identity.common_name), caller.cost.waiting():
+        yield
 
 
 async def _log(context: OperationContext, caller: Caller, params: m.LogParams) -> m.LogResult:

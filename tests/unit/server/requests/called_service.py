@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from jobworker.config.roles import RoleSettings, role_table
 from jobworker.jobs.supervisor import Supervisor
@@ -124,6 +124,7 @@ class CalledService:
                 subscriptions=subscriptions,
                 authorization=context.authorization,
                 peer="127.0.0.1:1",
+                cost=context.calls.connection(name).begin(),
             )
         return self._clients[name]
 
@@ -136,7 +137,9 @@ class CalledService:
     async def call(self, who: str, method: str, **params: object) -> object:
         """Call a method as a client; JSON comes as plain values."""
         row = METHODS[method]
-        result = await call(self.context, self.client(who), row, row.params(**params))
+        caller = evolve(self.client(who), cost=self.context.calls.connection(who).begin())
+        with caller.cost:
+            result = await call(self.context, caller, row, row.params(**params))
         return loads(result.text) if isinstance(result, Encoded) else result
 
     async def run(self, who: str, *command: str, **spec: object) -> JobRecord:
