@@ -339,19 +339,48 @@ BROKEN = {
     "ping in fragments": frame(PING, b"x", first=0),
     "continuation of nothing": frame(CONTINUATION, b"x"),
     "new message in the middle of one": frame(TEXT, b"{", first=0) + frame(TEXT, b"}"),
-    "text that is no UTF-8": frame(TEXT, b'"\xff"'),
-    "text of a surrogate": frame(TEXT, b'"\xed\xa0\x80"'),
     "overlong length": b"\x81\xff" + struct.pack("!Q", 1 << 63) + b"\0\0\0\0",
     "close of one byte": frame(8, b"x"),
+    "close of a code that is never sent": frame(8, struct.pack("!H", 1005)),
+    "length longer than need be": b"\x81\xfe" + struct.pack("!H", 1) + b"\0\0\0\0x",
+}
+BROKEN_TEXT = {
+    "text that is no UTF-8": frame(TEXT, b'"\xff"'),
+    "text of a surrogate": frame(TEXT, b'"\xed\xa0\x80"'),
+    "close whose reason is no UTF-8": frame(8, struct.pack("!H", 1000) + b"\xff"),
 }
 
 
-@pytest.mark.parametrize("bytes_", BROKEN.values(), ids=BROKEN)
-async def test_frame_that_breaks_the_protocol_ends_its_connection(
-    guarded: EmbeddedService, bystander: Wire, bytes_: bytes
+@pytest.mark.parametrize(
+    ("bytes_", "code"),
+    [*((each, 1002) for each in BROKEN.values()), *((each, 1007) for each in BROKEN_TEXT.values())],
+    ids=[*BROKEN, *BROKEN_TEXT],
+)
+async def test_frame_that_breaks_the_protocol_ends_its_connection_with_a_reason(
+    guarded: EmbeddedService, bystander: Wire, bytes_: bytes, code: int
 ) -> None:
-    async with closed_with(guarded, None) as raw:
-        await raw.send(bytes_)
+    with trio.fail_after(30):
+        async with open_raw(guarded) as raw:
+            await raw.send(bytes_)
+            found = await raw.closing()
+            assert found is not None
+            assert found.code == code
+            assert found.payload[2:].startswith(b"invalid_request: ")
+            assert len(found.payload) > 20
+            await raw.send(frame(8, found.payload[:2]))
+            with pytest.raises(EOFError):
+                await raw.receive()
+
+
+async def test_client_that_closes_for_a_fault_of_the_server_gets_one_closing_frame(
+    guarded: EmbeddedService, bystander: Wire
+) -> None:
+    with trio.fail_after(30):
+        async with open_raw(guarded) as raw:
+            await raw.send(frame(8, struct.pack("!H", 1002)))
+            assert await raw.closing() == Frame(8, struct.pack("!H", 1002))
+            with pytest.raises(EOFError):
+                await raw.receive()
 
 
 async def test_message_in_fragments_is_one_message(guarded: EmbeddedService) -> None:

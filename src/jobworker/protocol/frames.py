@@ -11,12 +11,15 @@ import struct
 
 from attrs import frozen
 
-CONTINUATION, TEXT, BINARY, PING, PONG = 0x0, 0x1, 0x2, 0x9, 0xA
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 """Opcodes: the type of a frame."""
 FINAL, MASKED = 0x80, 0x80
 PIECE_BYTES = 63 << 14
 """Maximum of output in one message: a multiple of a TLS record (RFC 8446, section 5.1), and below
 the mebibyte that is the default bound of some WebSocket libraries."""
+
+MAX_REASON_BYTES = 120
+"""The longest reason of a closing frame; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
 Frame = tuple[bytes, bytes | bytearray]
 """A frame in two parts, which are sent one after the other: a large payload is not copied."""
@@ -31,6 +34,17 @@ def frame_text(text: str) -> Frame:
     """Make a whole text message in one unmasked frame."""
     payload = text.encode()
     return _header(TEXT, len(payload)), payload
+
+
+def frame_close(code: int, reason: str) -> bytes:
+    """Make a closing frame, unmasked; a reason that is too long for a control frame is cut."""
+    payload = struct.pack("!H", code) + closing_reason(reason).encode()
+    return _header(CLOSE, len(payload)) + payload
+
+
+def closing_reason(reason: str) -> str:
+    """As much of a reason as a closing frame holds."""
+    return reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
 
 
 def _header(opcode: int, size: int) -> bytes:

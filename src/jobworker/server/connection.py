@@ -351,7 +351,9 @@ async def _serve_websocket(
             socket_ = await request.accept(subprotocol=SUBPROTOCOL)
             pending.finish()
             log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
-            conversation = Conversation(FramedSocket(socket_, stream), client, context)
+            framed = FramedSocket(socket_, stream)
+            stream.say_why = framed.say_why
+            conversation = Conversation(framed, client, context)
             stream.check = partial(_check_parts, socket_, conversation)
             nursery.start_soon(conversation.end_when_dismissed)
             try:

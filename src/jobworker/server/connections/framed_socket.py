@@ -7,13 +7,20 @@ mix with those of trio-websocket.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
+import trio
 import trio_websocket
 from attrs import define
+from wsproto.connection import ConnectionState
 
-from jobworker.protocol.frames import Frame
+from jobworker.errors import ProtocolError, SendStalled
+from jobworker.protocol.frames import Frame, frame_close
 from jobworker.server.connections.http_head import PrefixStream
 from jobworker.tls_stream import RECORD_BYTES
+
+WHY_SECONDS = 0.3
+"""The time for a client that broke the protocol to take the messages on their way and the frame."""
 
 
 @define(eq=False)
@@ -47,6 +54,22 @@ class FramedSocket:
     async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
         """Send a closing frame with this code and reason, and wait for the client's answer."""
         await self._socket.aclose(code, reason)
+
+    async def say_why(self) -> None:
+        """Send the closing frame that trio-websocket leaves out if the client broke the protocol.
+
+        It then closes the stream with the code and the reason of wsproto in `closed`, while wsproto
+        takes the connection for open: neither side has sent a closing frame.
+        """
+        why = self._socket.closed
+        if why is None or self._socket._wsproto.state is not ConnectionState.OPEN:
+            return
+        reason = f"{ProtocolError.name}: {why.reason}"
+        with (
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError, SendStalled),
+            trio.move_on_after(WHY_SECONDS),
+        ):
+            await self._stream.send_all(frame_close(why.code, reason))
 
     async def ping(self) -> None:
         """Ping the client and wait for its answer. Raises ConnectionClosed.

@@ -56,6 +56,8 @@ class PrefixStream(trio.abc.Stream):
         """The frames after those of `_slice` that have come."""
         self.frames = FrameScanner()
         self.closed = trio.Event()
+        self.say_why: Callable[[], Awaitable[None]] | None = None
+        """Called once, before this is closed: sends the closing frame if that is still owed."""
         self.check: Callable[[], Awaitable[float]] | None = None
         """Called before each read: checks the current message, and waits until more may be read.
 
@@ -126,11 +128,14 @@ class PrefixStream(trio.abc.Stream):
         The conversation refers to the stream, which calls it. The TLS stream below calls this one.
         Python collects cycles seldom, and until then the connection's memory would stay in use.
         """
-        self.check = None
+        self.check = self.say_why = None
         self._inner.take_turn = partial(self._take_turn, RECORD_COST)
 
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""
+        say_why, self.say_why = self.say_why, None
+        if say_why is not None:
+            await say_why()
         self.closed.set()
         self._inner.finish()  # `serve_connection` waits for the client's end and then closes it
         await trio.lowlevel.checkpoint()

@@ -14,7 +14,7 @@ from trio_websocket import ConnectionClosed
 
 from jobworker.errors import CertificateRefused, JobworkerError, SendStalled, ShuttingDown
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TRY_AGAIN
-from jobworker.protocol.frames import Frame, frame_text
+from jobworker.protocol.frames import Frame, closing_reason, frame_text
 from jobworker.server.access.connected_clients import ConnectedClient
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.fairness.connection_limiter import ConnectionLimiter
@@ -24,8 +24,6 @@ log = logging.getLogger("jobworker.server")
 DISMISSAL_SECONDS = 0.3
 """The time for a dismissed client to take the messages on their way, and then again to take the
 closing frame with the reason."""
-MAX_REASON_BYTES = 120
-"""The longest reason of a closing frame; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
 
 @define(eq=False)
@@ -127,7 +125,6 @@ class Sender:
             code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
         if self._socket.closed is not None:
             return False
-        told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         with trio.move_on_after(DISMISSAL_SECONDS, shield=True) as bound:
-            await self._socket.aclose(code, told)
+            await self._socket.aclose(code, closing_reason(reason))
         return not bound.cancelled_caught

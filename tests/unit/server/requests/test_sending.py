@@ -6,11 +6,11 @@ import trio.testing
 from trio_websocket import CloseReason, ConnectionClosed
 
 from jobworker.errors import PingUnanswered, SendStalled
-from jobworker.protocol.frames import frame_text
+from jobworker.protocol.frames import MAX_REASON_BYTES, frame_text
 from jobworker.server.access.connected_clients import ConnectedClient
 from jobworker.server.fairness.connection_limiter import ConnectionLimiter
 from jobworker.server.reporting.counters import LIMITS_REACHED
-from jobworker.server.requests.sending import DISMISSAL_SECONDS, MAX_REASON_BYTES, Sender
+from jobworker.server.requests.sending import DISMISSAL_SECONDS, Sender
 
 from .played_socket import PlayedSocket, client
 
