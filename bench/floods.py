@@ -319,6 +319,26 @@ async def unread(target: Target) -> Stage:
     return lambda: _on_each(ask, 16)
 
 
+async def untaken(target: Target) -> Stage:
+    """The end of an ended job, asked for 400 times on each connection, and hardly read."""
+    async with target.peer() as peer:
+        job = await peer.run("true", labels={f"k{n:02}": "v" * 250 for n in range(8)})
+        await peer.call("job.wait", id=job)
+    requests = b"".join(request(number, "job.wait", {"id": job}) for number in range(400))
+
+    async def ask() -> None:
+        while True:
+            with suppress(trio.BrokenResourceError, EOFError):
+                async with target.peer(buffer=4096) as peer:
+                    await peer.send(requests)
+                    target.asked += 400
+                    for _ in range(100):
+                        await peer.stream.receive_some(1000)
+                        await trio.sleep(1)
+
+    return lambda: _on_each(ask, 150)
+
+
 async def pings(target: Target) -> Stage:
     """Pings without end, on a new connection whenever the service has ended one for that."""
     many = frame(PING, b"x" * 100) * 100
@@ -452,6 +472,7 @@ FLOODS = {
     "follows": Flood("200 follows of 8 MiB", follows),
     "ends": Flood("ends with 200 followers", ends),
     "unread": Flood("half-read replies", unread),
+    "untaken": Flood("short replies on 150 connections, untaken", untaken),
     "pings": Flood("pings", pings),
     "fragments": Flood("fragments on 150 connections", fragments),
     "garbage": Flood("garbage", garbage),
