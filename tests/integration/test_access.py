@@ -176,6 +176,7 @@ async def test_role_that_does_not_exist_gets_nothing(
         (b"\x16\x03garbage\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000, b"431"),
+        (UPGRADE + b"a:\r\n" * 100 + b"\r\n", b"431"),
         (UPGRADE + b"\r\n", b"400"),
         (UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n" + b"\xff" * 40, b"400"),
         (UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v99\r\n\r\n", b"400"),

@@ -11,6 +11,8 @@ import math
 from jobworker.errors import MalformedJSON, shortened
 from jobworker.serialization.json_decoder import CooperativeDecoder
 
+_TOO_MANY_DIGITS = "integer string conversion"
+"""What Python's refusal to convert more than 4,300 digits says, with advice for a programmer."""
 MAX_DEPTH = 32
 """Levels of lists and objects in one message. The deepest message of the protocol has six."""
 MAX_VALUES = 100_000
@@ -72,7 +74,8 @@ def loads(text: str, *, bounded: bool = False) -> object:
     except RecursionError:
         raise MalformedJSON("cannot read the message: it is nested too deeply") from None
     except ValueError as error:
-        raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
+        why = "a number has too many digits" if _TOO_MANY_DIGITS in str(error) else error
+        raise MalformedJSON(f"cannot read the message as JSON: {why}") from None
 
 
 def _patient_decoder(text: str) -> CooperativeDecoder:

@@ -65,6 +65,7 @@ from jobworker.server.fairness.connection_limiter import (
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
+from jobworker.server.requests.read_backpressure import UNREAD
 from jobworker.tls_records import RECORD_HEADER_BYTES, HandshakeBounds
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
@@ -83,8 +84,6 @@ that for an ordinary one 0.6 ms."""
 HANDSHAKE_BYTES = 16_384
 """The most that a client may send in its handshake, certificates included. Four certificates with
 RSA keys of 4,096 bits have 7 KB. OpenSSL takes 0.15 ms for a certificate, however short it is."""
-UNREAD = "\0" * (LARGE_BYTES + 1)
-"""Replaces a large message that was dropped: it is large too, and never JSON, whatever follows."""
 
 
 def turn_away(accepted: socket.socket, limiter: ConnectionLimiter) -> bool:

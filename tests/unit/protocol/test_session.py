@@ -181,6 +181,8 @@ def test_ids_of_calls_are_never_used_again() -> None:
         ("", MalformedJSON, "as JSON"),
         ("{", MalformedJSON, "as JSON"),
         ('{"id":1,"id":1}', MalformedJSON, "appears twice"),
+        (HELLO % ("9" * 5000), MalformedJSON, "as JSON: a number has too many digits"),
+        (HELLO % ("9" * 20_000), MalformedJSON, "as JSON: a number has too many digits"),
         ("[" * 90_000, MalformedJSON, "nested deeper than 32"),
         ("[" + "1," * 200_000 + "1]", MalformedJSON, "more than 100000 values"),
         (b"{}", ProtocolError, "requests are text"),

@@ -21,6 +21,7 @@ from jobworker.config.settings import Settings
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.history import History
 from jobworker.jobs.supervisor import Supervisor
+from jobworker.model.access import Permission, Roles
 from jobworker.pki.administration import init_authority
 from jobworker.pki.identity import name_fault
 from jobworker.protocol.methods import SUBPROTOCOL
@@ -36,6 +37,7 @@ from jobworker.server.fairness.send_budget import SendBudget
 from jobworker.server.fairness.slots import LARGE_BYTES, Slots
 from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises
+from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.configuration_reader import configured_files
 from jobworker.tls_stream import TLSStream
@@ -242,3 +244,41 @@ async def test_who_waits_for_a_long_request_to_be_read_is_about(
         await client.send(" " * 2 * LARGE_BYTES)
         await until(lambda: bool(served))
     assert served == [1]
+
+
+async def test_client_that_may_run_jobs_by_now_is_told_that_its_message_was_dropped(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is valid: it would be wrong to say that it is no JSON."""
+    refusals = list[bool]()
+
+    def refuses_large(conversation: Conversation) -> bool:
+        refusals.append(really(conversation))
+        return refusals[-1]
+
+    really = Conversation.refuses_large
+    monkeypatch.setattr(Conversation, "refuses_large", refuses_large)
+    authorization = site.context.authorization
+    roles = authorization.roles
+    request = b'{"jsonrpc":"2.0","id":1,"method":"service.hello"' + b" " * (2 * LARGE_BYTES) + b"}"
+    async with site.connected() as (stream, client):
+        await ask(client, "service.hello")
+        viewing = evolve(roles.find("admin"), permissions=frozenset({Permission.VIEW}))
+        authorization.roles = Roles({"admin": viewing})
+        await stream.send_all(frame(TEXT, request[: LARGE_BYTES + 100], first=0))
+        await until(lambda: bool(refusals))
+        assert refusals == [True]
+        authorization.roles = roles
+        await stream.send_all(frame(0, request[LARGE_BYTES + 100 :]))
+        reply = await client.receive()
+        assert isinstance(reply, str)
+        assert json.loads(reply) == {
+            "jsonrpc": "2.0",
+            "id": None,
+            "error": {
+                "code": 1002,
+                "message": "cannot take a message of more than 32768 characters: the client's role "
+                "did not allow it when the message began",
+                "data": {"name": "permission_denied", "remedy": "send it again"},
+            },
+        }

@@ -29,6 +29,10 @@ _QUOTED = re.compile(r"bytearray\(b(.*)\)", re.DOTALL)
 """How h11 quotes a line."""
 TOO_LONG = 431
 MAX_HEAD_BYTES = 16_384
+MAX_HEAD_LINES = 100
+"""Common servers take as many. h11 reads 2,700 short lines of 16 KB in 6 ms, in which no other
+client is served."""
+_HEAD_END = re.compile(rb"\n\r?\n")
 CLOSE_SECONDS = 2.0
 
 
@@ -174,7 +178,8 @@ def http_connection() -> h11.Connection:
 async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[bytes, RequestHead]:
     """Read an HTTP request's head. Returns its bytes and the parsed head.
 
-    Raises Refused if the bytes are no HTTP/1.1 request, or have more than `MAX_HEAD_BYTES`.
+    Raises Refused if the bytes are no HTTP/1.1 request, or have more than `MAX_HEAD_BYTES` or
+    `MAX_HEAD_LINES`.
     """
     raw = b""
     while True:
@@ -191,6 +196,8 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
             raise trio.BrokenResourceError("the client closed before it asked for anything")
         data = await stream.receive_some()
         raw += data
+        if _HEAD_END.split(raw, 1)[0].count(b"\n") > MAX_HEAD_LINES:
+            raise _no_upgrade(TOO_LONG, f"its head has more than {MAX_HEAD_LINES} lines")
         connection.receive_data(data)
 
 

@@ -22,8 +22,9 @@ from attrs import define, field
 
 CALL_BYTES = 12_288
 """The cost of a call without its reply: as much as each of 12,800 calls of job.wait took."""
-IN_ALL_BYTES, FOR_EACH_BYTES = 16 << 20, 4 << 20
-"""A name may have 340 calls under way, which is more than the service answers in 0.1 s."""
+IN_ALL_BYTES, FOR_EACH_BYTES = 16 << 20, 2 << 20
+"""A name may have 170 calls under way: all that one connection may have by default, and more than
+the service serves in 0.1 s."""
 
 
 @define(eq=False)

@@ -52,7 +52,7 @@ from jobworker.server.delivery.subscriptions import Subscriptions
 from jobworker.server.fairness.call_budget import CallCost, ConnectionCalls
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations, watches
-from jobworker.server.requests.read_backpressure import ReadBackpressure
+from jobworker.server.requests.read_backpressure import ReadBackpressure, refusal_of_large
 from jobworker.server.requests.sending import Sender
 from jobworker.token_bucket import TokenBucket
 
@@ -262,13 +262,10 @@ class Conversation:
         """Decode a request: a long one in a thread, a large one only if the client may run jobs."""
         if not takes_long(message):
             return self._session.receive(message, self._denied)
-        if len(message) > LARGE_BYTES and (error := self._denied(METHODS["job.run"])) is not None:
-            error = PermissionDenied(
-                f"cannot take a message of more than {LARGE_BYTES} characters: only clients that "
-                "may run jobs may send one",
-                remedy=error.remedy,
-            )
-            return InvalidRequest(error_message(None, error), error)
+        if len(message) > LARGE_BYTES:
+            error = refusal_of_large(message, self._denied(METHODS["job.run"]))
+            if error is not None:
+                return InvalidRequest(error_message(None, error), error)
         name = self._client.identity.common_name
         with self.intake.pause(), self._context.active_clients.serving(name):
             request = await self._context.reading.run(name, read_request, message, self._denied)

@@ -15,9 +15,31 @@ from contextlib import contextmanager
 import trio
 from attrs import define, field
 
-from jobworker.errors import TooSlow
+from jobworker.errors import JobworkerError, PermissionDenied, TooSlow
 from jobworker.server.fairness.fair_scheduling import ActiveClients
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
+
+UNREAD = "\0" * (LARGE_BYTES + 1)
+"""Replaces a large message that was dropped: it is large too, and never JSON, whatever follows."""
+
+
+def refusal_of_large(
+    message: str | bytes, denied: JobworkerError | None
+) -> PermissionDenied | None:
+    """The error for a large message of a client that may not run jobs; else None.
+
+    `denied`: the error if the client may not run jobs now. Its role may have changed while it sent
+    the message, whose first part was then dropped.
+    """
+    if denied is not None:
+        why, remedy = "only clients that may run jobs may send one", denied.remedy
+    elif isinstance(message, str) and message.startswith(UNREAD):
+        why, remedy = "the client's role did not allow it when the message began", "send it again"
+    else:
+        return None
+    return PermissionDenied(
+        f"cannot take a message of more than {LARGE_BYTES} characters: {why}", remedy=remedy
+    )
 
 
 @define(eq=False)
