@@ -26,6 +26,7 @@ from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Authorization, Caller
 from jobworker.server.delivery.subscriptions import Subscriptions
+from jobworker.server.fairness.call_budget import CALL_BYTES
 from jobworker.server.fairness.connection_limiter import ConnectionLimiter
 from jobworker.server.fairness.fair_scheduling import ActiveClients, FairThreadPool
 from jobworker.server.fairness.send_budget import SendBudget
@@ -305,6 +306,58 @@ async def test_reader_waits_while_too_many_replies_are_not_taken(talk_of: TalkOf
         talk.socket.takes.set()
         await until(lambda: len(talk.socket.sent) == 20)
     assert set(talk.socket.replies()) == set(range(20))
+
+
+@pytest.mark.parametrize(
+    "outcome", [Encoded("{}"), NotFound("cannot find it")], ids=["reply", "error"]
+)
+@pytest.mark.parametrize("method", ["service.hello", "job.wait", "job.stop", "job.credit"])
+async def test_reader_waits_while_the_calls_of_its_name_cost_too_much(
+    talk_of: TalkOf, method: str, outcome: object
+) -> None:
+    talk = talk_of()
+    talk.context.calls.for_each = 3 * CALL_BYTES
+    talk.play(method, outcome)
+    talk.socket.takes = trio.Event()
+    params = {"subscription": 1, "bytes": 1} if method == "job.credit" else {"id": 7}
+    async with talk.served_in_background():
+        for id_ in range(20):
+            talk.socket.say(method, id_, **({} if method == "service.hello" else params))
+        await settle()
+        assert talk.socket.unread == 16, "three are being sent, and one waits"
+        talk.socket.takes.set()
+        await until(lambda: len(talk.socket.sent) == 20)
+        assert not talk.context.calls.taken_bytes
+    assert set(talk.socket.replies()) == set(range(20))
+
+
+async def test_calls_of_a_client_that_is_gone_cost_nothing(talk_of: TalkOf) -> None:
+    talk = talk_of()
+    talk.socket.takes = trio.Event()
+    async with talk.served_in_background():
+        for id_ in range(20):
+            talk.socket.say("service.hello", id_)
+        await settle()
+        assert talk.context.calls.taken_bytes > 20 * CALL_BYTES
+        talk.client.dismiss("gone")
+        await until(lambda: not talk.context.calls.taken_bytes)
+
+
+async def test_credits_behind_calls_that_wait_for_a_job_are_read(talk_of: TalkOf) -> None:
+    talk = talk_of()
+    talk.context.calls.for_each = CALL_BYTES
+
+    async def wait(caller: Caller, _: object) -> object:
+        with caller.cost.waiting():
+            await trio.sleep_forever()
+
+    talk.play("job.wait", wait)
+    talk.play("job.credit", m.Nothing())
+    async with talk.served_in_background():
+        for id_ in range(5):
+            talk.socket.say("job.wait", id_, id=7)
+        talk.socket.say("job.credit", subscription=1, bytes=1)
+        await until(lambda: talk.served == ["job.wait"] * 5 + ["job.credit"])
 
 
 async def test_reader_waits_while_too_many_notifications_are_served(talk_of: TalkOf) -> None:
