@@ -20,6 +20,7 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address
+from jobworker.client.silence import Traffic
 from jobworker.client.websocket import LOST, Closed, Rejected, Violation, WebSocket, upgrade
 from jobworker.errors import (
     CertificateRefused,
@@ -76,6 +77,24 @@ class Connection:
             trio.ClosedResourceError,
         ) as failure:
             raise self._lost(failure) from None
+
+    async def ping(self) -> None:
+        """Send a ping. A broken connection is no error here: `receive` raises it."""
+        with suppress(Closed):
+            await self._socket.ping()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has passed over this connection so far."""
+        return self._socket.traffic
+
+    def silent(self, seconds: float) -> ConnectionFailed:
+        """Make the error for a server that has shown no sign of life for so long (`silence`)."""
+        return ConnectionFailed(
+            f"cannot go on: the service at {self._address} does not answer: nothing has arrived "
+            f"for {seconds:.0f} s, not even the answer to a ping",
+            remedy="is it stopped, or is the network down? jobs go on without it; connect again",
+        )
 
     async def aclose(self) -> None:
         """Send a closing frame, wait at most a second for the server's, and close."""

@@ -41,6 +41,9 @@ async def open_client(
     `patience_seconds` (0 is never), and then the waiting calls raise ConnectionFailed. `on_lost` is
     called with the reason before it reconnects.
 
+    A connection counts as lost, too, if nothing arrives for 45 s while something waits, not even
+    the answer to a ping: the service stands still, or the network drops everything.
+
     The client tries to make the first connection once. With `start_patience_seconds`, it retries
     for so long if nothing listens or the connection breaks, as during a restart of the service.
     `on_refused` is called with the first failure.
