@@ -38,6 +38,7 @@ from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.closing import ENDED, Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.serialization.json_text import loads
+from jobworker.threads import in_thread
 from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0
@@ -154,7 +155,7 @@ async def serve_connection(
             socket_ = await upgrade(secured, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:
             refusal = _refusal(address, broken.__cause__)
-            raise with_cause(refusal, own) if own else refusal from None
+            raise await in_thread(with_cause, refusal, own) if own else refusal from None
         except Closed:
             raise _refusal(address, None) from None
         except Violation as violation:

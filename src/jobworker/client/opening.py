@@ -73,7 +73,7 @@ async def open_client(
     _check_seconds("start_patience_seconds", start_patience_seconds)
     check_callback("connect", "on_lost", on_lost)
     check_callback("connect", "on_refused", on_refused)
-    credentials.read()
+    await credentials.renewed()
     calls = Calls(
         address=where,
         dial=partial(_dial, where, credentials),

@@ -7,7 +7,6 @@ each key; a test checks that it has every key, with its default.
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,9 @@ from jobworker.model.job import (
 )
 from jobworker.model.subjects import entry_fault
 from jobworker.model.units import MEBIBYTE
+from jobworker.regular_file import NotText, read_text
 from jobworker.serialization.convert import faults_of
+from jobworker.serialization.toml_text import MalformedTOML, loads
 
 DEFAULT_PORT = 50051
 
@@ -247,16 +248,20 @@ class Settings:
 def load(path: Path) -> Settings:
     """Read the settings in `path`. Raises ConfigError with every fault of the file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
+        data = loads(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}",
             remedy="name an existing file with --config, or see etc/worker.toml for an example",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except NotText as error:
         raise ConfigError(
-            f"cannot read the configuration {path}: it is not TOML: {error}",
+            f"cannot read the configuration {path}: {error}",
+            remedy="convert it to UTF-8 without a byte order mark",
+        ) from None
+    except MalformedTOML as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error}",
             remedy="correct that line; etc/worker.toml is an example",
         ) from None
     settings, faults = faults_of(Settings, data)
