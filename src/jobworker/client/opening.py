@@ -1,5 +1,6 @@
 """Open a client: from an address and three files to a client with a task for its connection."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,6 +18,9 @@ from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
 from jobworker.serialization.exact import kind
+
+LONGEST_PATH = 4096
+"""Characters: PATH_MAX of Linux, limits.h(0p)."""
 
 
 @asynccontextmanager
@@ -171,9 +175,14 @@ async def _dial(
 
 
 def _file(name: str, path: object) -> Path:
-    if not isinstance(path, str | PathLike):
+    text = os.fspath(path) if isinstance(path, str | PathLike) else None
+    if not isinstance(text, str):
         raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {kind(path)}")
-    return Path(path)
+    if len(text) > LONGEST_PATH:
+        raise InvalidParams(
+            f"cannot connect: {name}: must be the path of a file, not {len(text)} characters"
+        )
+    return Path(text)
 
 
 def _check_seconds(name: str, seconds: object) -> None:

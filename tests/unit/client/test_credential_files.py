@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from jobworker.client.credentials import Credentials
 from jobworker.client.opening import open_client
-from jobworker.errors import CredentialsUnusable
+from jobworker.errors import CredentialsUnusable, InvalidParams
 from jobworker.regular_file import read_regular
 
 from .test_credentials import credentials, files
@@ -76,3 +76,21 @@ async def test_file_system_that_hangs_does_not_hold_the_event_loop(
     finally:
         goes_on.set()
     assert await mine.renewed() is await mine.renewed()
+
+
+@pytest.mark.parametrize("name", ["ca", "certificate", "key"])
+async def test_what_is_no_path_is_refused_in_few_words(files: Path, name: str) -> None:
+    class Bytes:
+        def __fspath__(self) -> bytes:
+            return b"key.pem"
+
+    good = {
+        "ca": files / "certs" / "ca-cert.pem",
+        "certificate": files / "cert.pem",
+        "key": files / "key.pem",
+    }
+    for wrong in ("/" + "x" * 5_000_000, Bytes(), 7):
+        with pytest.raises(InvalidParams, match=f"{name}: must be the path of a file") as raised:
+            async with open_client("127.0.0.1:1", **{**good, name: wrong}):  # type: ignore[arg-type]
+                raise AssertionError("it connected")
+        assert len(str(raised.value)) < 1000

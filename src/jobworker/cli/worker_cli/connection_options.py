@@ -20,7 +20,7 @@ import asyncclick as click
 from attrs import define, field, frozen
 
 from jobworker.client.address import Address, parse_address
-from jobworker.errors import ConfigError
+from jobworker.errors import ConfigError, shortened
 from jobworker.model.units import parse_duration
 from jobworker.regular_file import NotText, read_text
 
@@ -154,7 +154,7 @@ def _refuse_misspelt(name: str, where: str) -> None:
     if not likely and not name.upper().startswith("WORKER"):
         return
     raise ConfigError(
-        f"cannot read {where}: {name} is not a known name",
+        f"cannot read {where}: {shortened(name)} is not a known name",
         remedy=f"write {likely[0]}" if likely else f"give one of {', '.join(_OURS)}",
     )
 
@@ -180,10 +180,10 @@ def _read_line(
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not _NAME.fullmatch(name):
-            raise malformed(f"{word!r} is not NAME=value")
+            raise malformed(f"{shortened(word)!r} is not NAME=value")
         value, unknown = _fill_in(value, names, variables)
         if unknown and name in _OURS:
-            why = _NOT_EXPANDED.get(unknown, f"{unknown} is not set")
+            why = _NOT_EXPANDED.get(unknown, f"{shortened(unknown)} is not set")
             raise malformed(f"cannot use the value of {name}: {why}")
         if "\0" in value and name in _OURS:
             raise malformed(f"the value of {name} contains a NUL character")

@@ -190,3 +190,13 @@ def test_misspelt_name_is_refused_with_what_was_meant(file: Path, name: str, rem
 def test_name_of_ones_own_is_taken_where_a_later_line_uses_it(file: Path) -> None:
     file.write_text("WORKER_HOME=/w\nexport WORKER_CA_PATH=$WORKER_HOME/ca.pem\n")
     assert resolve({}, {}, file).ca == Path("/w/ca.pem")
+
+
+@pytest.mark.parametrize(
+    "line", ["x" * 500_000, f"WORKER_{'X' * 500_000}=1", f"WORKER_CA_PATH=${'X' * 500_000}"]
+)
+def test_error_about_a_long_line_is_short(file: Path, line: str) -> None:
+    file.write_text(line)
+    with pytest.raises(ConfigError) as raised:
+        read_settings(file)
+    assert len(str(raised.value)) < 1000
