@@ -9,7 +9,7 @@ each key; a test checks that it has every key, with its default.
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from attrs import evolve, field, frozen
@@ -68,11 +68,18 @@ def _absolute(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be an absolute path without '..', not {value!r}")
 
 
-def _absolute_all(_: object, __: object, value: tuple[str, ...]) -> None:
+KERNEL_TREES = ("/dev", "/proc", "/sys")
+"""Directories of the kernel's, which have no programs. A job has a /dev and a /proc of its own."""
+
+
+def _programs(_: object, __: object, value: tuple[str, ...]) -> None:
     for path in value:
         _absolute(None, None, path)
         if path == "/":
             raise ValueError("must not be '/': jobs must never see all of the host")
+        for tree in KERNEL_TREES:
+            if PurePosixPath(f"/{path.strip('/')}").is_relative_to(tree):
+                raise ValueError(f"must not be {path!r}: {tree} has no programs of the host")
 
 
 def _file(_: object, __: object, value: str) -> None:
@@ -203,7 +210,7 @@ class CgroupSettings:
 class SandboxSettings:
     """The files that a job sees, its user ids on the host, and its confinement."""
 
-    programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_absolute_all)
+    programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_programs)
     etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
     first_uid: int = field(default=FIRST_UID, validator=_first_uid)
     """0 uses a free range."""
