@@ -216,3 +216,19 @@ async def test_command_line_gives_up_in_the_end(service: EmbeddedService) -> Non
         assert (out, code) == ("", 69)
         assert "no answer within 3 s" in err
         await job.stop(grace_seconds=0)
+
+
+async def test_command_line_that_stood_still_itself_says_nothing(service: EmbeddedService) -> None:
+    """As on a machine that slept: what arrived meanwhile is read before anything is judged."""
+    async with connected(service, []) as client:
+        job = await client.run(["sh", "-c", "echo one; exec sleep 600"])
+        process = started(service, "log", "-f", str(job.id), patience=600)
+        assert process.stdout is not None
+        assert await trio.to_thread.run_sync(process.stdout.readline) == b"one\n"
+        for _ in range(4):  # at one of them, no answer to a ping is on its way
+            process.send_signal(signal.SIGSTOP)
+            await trio.sleep(1.5 * SILENT_SECONDS)
+            process.send_signal(signal.SIGCONT)
+            await trio.sleep(1.5 * PING_SECONDS)
+        await job.stop(grace_seconds=0)
+        assert await ended(process) == ("", "", 0)
