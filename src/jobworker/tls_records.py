@@ -11,6 +11,8 @@ import ssl
 from typing import NamedTuple
 
 RECORD_HEADER_BYTES = 5
+_KINDS = range(20, 24)
+"""The types of records: RFC 8446, section 5.1."""
 _PLAIN_HANDSHAKE = 22
 """The type of a record with handshake messages that are not encrypted: RFC 8446, section 5.1."""
 _TOO_LONG = b"\3\3\xff\xff"
@@ -79,6 +81,8 @@ class IncomingRecords:
 
     def _exceeds_bounds(self, kind: int) -> bool:
         """Whether the record that begins exceeds a bound of the handshake."""
+        if kind not in _KINDS:  # not TLS: OpenSSL refuses it, and knows plain HTTP
+            return False
         self._total_left -= self._record_left
         if kind == _PLAIN_HANDSHAKE:
             self._plain_left -= self._record_left

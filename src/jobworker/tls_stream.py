@@ -84,6 +84,8 @@ class TLSStream(trio.abc.Stream):
         self.socket.setblocking(False)
         self.stall_seconds = math.inf
         """How long a peer may read nothing while something is being sent to it."""
+        self.received_bytes = self.sent_bytes = 0
+        """Bytes that the socket has given and taken so far."""
         self.take_turn = take_turn
         """Waits until this connection may decrypt or drop a record, or the part that has come."""
         self._receive_bytes = receive_bytes
@@ -216,6 +218,7 @@ class TLSStream(trio.abc.Stream):
         except OSError as error:
             raise trio.BrokenResourceError from error
         if data:
+            self.received_bytes += len(data)
             self._incoming.receive(data)
         else:
             self._incoming.end()
@@ -286,6 +289,7 @@ class TLSStream(trio.abc.Stream):
                 raise
             except OSError as error:
                 raise trio.BrokenResourceError from error
+            self.sent_bytes += sent
             # An empty view would keep the whole buffer alive until the next send.
             self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
 
@@ -301,9 +305,19 @@ class TLSStream(trio.abc.Stream):
                 return
 
     @property
+    def is_sending(self) -> bool:
+        """Whether a task is sending, so that another one would have to wait."""
+        return self._sending.locked()
+
+    @property
     def taken_bytes(self) -> int:
-        """Bytes that the peer's kernel has acknowledged so far: TCP_INFO of tcp(7). Linux only."""
+        """Bytes that the peer's kernel has acknowledged so far: TCP_INFO of tcp(7).
+
+        Where the system is not Linux, bytes that its own kernel has taken.
+        """
         self._check_open()
+        if sys.platform != "linux":
+            return self.sent_bytes
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
         return int(_BYTES_ACKED.unpack(info)[0])
 

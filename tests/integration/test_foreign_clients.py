@@ -164,3 +164,46 @@ async def test_foreign_client_tells_why_it_was_refused(service: EmbeddedService,
         process.kill()
     assert "cannot run 'no-such-program'" in told.decode()
     assert process.returncode == 70
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_goes_on_after_a_network_that_let_nothing_pass(
+    service: EmbeddedService, name: str
+) -> None:
+    """Its connection stays open, as that to a service that stands still."""
+    host, port = service.address.rsplit(":", 1)
+    is_silent, came_back = trio.Event(), trio.Event()
+
+    async def relay(client: trio.SocketStream) -> None:
+        first = not is_silent.is_set()
+        if not first:
+            came_back.set()
+
+        async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+            async for data in source:
+                if not (first and is_silent.is_set()):
+                    await target.send_all(data)
+            copying.cancel_scope.cancel()
+
+        server = await trio.open_tcp_stream(host, int(port))
+        async with server, trio.open_nursery() as copying:
+            copying.start_soon(copy, client, server)
+            copying.start_soon(copy, server, client)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host=host)
+        nursery.start_soon(trio.serve_listeners, relay, listeners)
+        address = f"{host}:{listeners[0].socket.getsockname()[1]}"
+        script = "echo one; sleep 20; echo two"
+        process = await start(service, name, "sh", "-c", script, WORKER_SERVER=address)
+        assert process.stdout is not None
+        try:
+            assert await process.stdout.receive_some() == b"one\n"
+            is_silent.set()
+            await came_back.wait()
+            assert await everything(process, process.stdout) == b"two\n"
+            assert await process.wait() == 0
+        finally:
+            process.kill()
+        nursery.cancel_scope.cancel()

@@ -189,6 +189,8 @@ def test_encrypted_ca_key_needs_its_passphrase(tmp_path: Path) -> None:
     at = f"--dir={directory}"
     fails(certs("init", at, "--encrypt-key"), 72, "WORKER_CA_PASSPHRASE")
     fails(certs("init", at, "--encrypt-key", WORKER_CA_PASSPHRASE="short"), 72, "8 characters")
+    endless = ("init", at, "--encrypt-key", "--passphrase-file=/dev/zero")
+    fails(certs(*endless), 72, "its first line is longer than 4096 bytes")
     assert certs("init", at, "--encrypt-key", f"--passphrase-file={file}").returncode == 0
     assert b"ENCRYPTED" in (directory / "ca-key.pem").read_bytes()
     issue = ("issue", at, "--name=alice", "--role=viewer")

@@ -64,6 +64,15 @@ def test_all_records_of_a_handshake_are_bounded(last: int) -> None:
     assert "certificates" in excess
 
 
+@pytest.mark.parametrize(
+    "words", [b"POST /x HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 50]
+)
+def test_what_is_no_tls_reaches_openssl_as_it_is(words: bytes) -> None:
+    """OpenSSL knows plain HTTP, which the server answers."""
+    taken, excess = given(HandshakeBounds(plain=20, total=20), words)
+    assert (b"".join(taken), excess) == (words, "")
+
+
 def test_nothing_is_bounded_after_the_handshake() -> None:
     buffer = ssl.MemoryBIO()
     incoming = IncomingRecords(buffer, HandshakeBounds(plain=10, total=20))

@@ -17,6 +17,9 @@ const { WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH, WORKER_CA_PATH } = pro
 const WINDOW = 1 << 20;
 const DELIVERY = { encoding: "binary", credit_bytes: WINDOW };
 const PATIENCE_MS = 120_000;
+// A service that stands still is given up after so many pings: see docs/protocol.md, Silence.
+const PING_MS = 15_000;
+const MOST_PINGS = 2;
 // Closing codes after which another connection would fail as well: see docs/protocol.md, Closing.
 const IN_VAIN = new Set([1002, 1007, 1008, 1009, 1011]);
 
@@ -66,12 +69,28 @@ function connect() {
   const socket = new WebSocket(`wss://${WORKER_SERVER}/`, "jobworker.v1", {
     ...credentials(),
     perMessageDeflate: false,
+    handshakeTimeout: 10_000,
   });
   const rpc = new JSONRPCServerAndClient(
     new JSONRPCServer(),
     new JSONRPCClient((message) => socket.send(JSON.stringify(message))),
   );
   let failure = "the connection was lost";
+
+  // Pings are counted, not time: this machine may have slept.
+  let pings = 0;
+  const silence = setInterval(() => {
+    if (socket.readyState !== WebSocket.OPEN) return;
+    if (pings === MOST_PINGS) {
+      failure = "the service does not answer";
+      socket.terminate();
+    } else {
+      pings += 1;
+      socket.ping();
+    }
+  }, PING_MS);
+  for (const sign of ["message", "ping", "pong"]) socket.on(sign, () => (pings = 0));
+  const ended = () => clearInterval(silence);
 
   // A call gets no answer if its connection ends. It is repeated on the next connection.
   const call = (method, params) =>
@@ -97,6 +116,7 @@ function connect() {
     console.error(`job ${last.id}: ${last.state}`);
     process.exitCode = last.exit_code ?? (last.signal ? 128 + last.signal : 125);
     socket.removeAllListeners("close");
+    ended();
     socket.close();
   });
 
@@ -111,6 +131,7 @@ function connect() {
     failure = error.message;
   });
   socket.on("close", (code, reason) => {
+    ended();
     if (code !== 1006) failure = `the server closed the connection (${code} ${reason})`;
     lostAt ??= Date.now();
     if (asked && job === undefined) failure += "; the job may have been started";

@@ -25,6 +25,8 @@ from websockets.exceptions import ConnectionClosed
 WINDOW = 1 << 20
 """Credits: the server may send so many bytes in advance. Printed bytes are granted again."""
 PATIENCE_SECONDS = 120
+PING_SECONDS, SILENT_SECONDS = 15, 45
+"""A service that stands still is given up after so long: docs/protocol.md, Silence."""
 IN_VAIN = {1002, 1007, 1008, 1009, 1011}
 """Closing codes after which another connection would fail as well: docs/protocol.md, Closing."""
 
@@ -156,6 +158,9 @@ async def main(command: list[str]) -> int:
                 ssl=tls(),
                 subprotocols=["jobworker.v1"],  # type: ignore[list-item]
                 compression=None,
+                open_timeout=10,
+                ping_interval=PING_SECONDS,
+                ping_timeout=SILENT_SECONDS - PING_SECONDS,
             ) as run.socket:
                 lost_at = None
                 last = await run.serve()

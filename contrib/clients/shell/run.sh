@@ -51,10 +51,16 @@ take() {
 
 # receive: puts the next text message into $message, and answers pings.
 receive() {
-    local first size
+    local first size silent
     while :; do
         exec 5< <(take 2) # not $(…), during which no trap would run; one that comes late waits 1 s
-        until read -r -t 1 -u 5 first size; do [ $? -gt 128 ] || return 1; done
+        silent=0
+        until read -r -t 1 -u 5 first size; do
+            [ $? -gt 128 ] || return 1
+            silent=$((silent + 1)) # a second: docs/protocol.md, Silence
+            [ "$silent" -lt 45 ] || return 1
+            [ "$silent" != 15 ] || { byte 137 && byte 128 && printf '\0\0\0\0' >&4; } 2>/dev/null
+        done
         [ -n "${size:-}" ] || return 1
         if [ "$size" = 126 ] || [ "$size" = 127 ]; then
             local count=$((size == 126 ? 2 : 8)) number
@@ -76,8 +82,8 @@ receive() {
             closed=$((high << 8 | low))
             return 1
         fi
-        message=$(trap '' INT && head -c "$size" <&3)
-        return 0
+        message=$(trap '' INT && timeout 45 head -c "$size" <&3) || return 1
+        [ $((first & 15)) = 10 ] || return 0 # else an answer to a ping
     done
 }
 
@@ -101,7 +107,7 @@ connect() {
         'Sec-WebSocket-Protocol: jobworker.v1' '' 2>/dev/null >&4
     # Read the head of the answer byte by byte, since the first frame follows it.
     while [[ $head != *$'\r\n\r'* ]]; do
-        IFS= read -r -N 1 -u 3 character || return 1
+        IFS= read -r -t 10 -N 1 -u 3 character || return 1
         head+=$character
     done
     IFS= read -r -N 1 -u 3 character || return 1

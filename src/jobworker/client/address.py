@@ -6,16 +6,21 @@ because no other form has two colons.
 
 import socket
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import max_len
+
+from jobworker.errors import shortened
 
 DEFAULT_PORT = 50051
+LONGEST = 1024
+"""Characters of an address: far more than a name of the DNS, or an IPv6 address with its zone."""
 
 
 @frozen
 class Address:
     """A host, by name or by IP address (without brackets), and a TCP port."""
 
-    host: str
+    host: str = field(validator=max_len(LONGEST))
     port: int = DEFAULT_PORT
 
     def __str__(self) -> str:
@@ -32,6 +37,8 @@ def parse_address(text: str) -> Address:
 
     Raises ValueError, which says what is wrong.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"{shortened(text)!r} is too long: it has {len(text)} characters")
     scheme, separator, rest = text.partition("://")
     if separator:
         form = rest.partition("/")[0] or "HOST:PORT"

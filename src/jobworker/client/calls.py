@@ -266,6 +266,7 @@ class Calls:
                 self._rpc = rpc = RpcConnection(connection)
                 nursery.start_soon(rpc.serve_writer)
                 nursery.start_soon(rpc.serve_reader)
+                nursery.start_soon(rpc.serve_watch)
                 self._decide(None)
                 on_started()
                 await rpc.lost.wait()

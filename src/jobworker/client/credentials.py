@@ -3,7 +3,8 @@
 Certificates are renewed while clients run, so a client that dials makes its TLS context from the
 current files. While the files are being replaced, they may not match for a moment. The client then
 retries for `SETTLE_SECONDS`, and after that uses the last good context. It also uses that context
-if it can no longer read the files, for example after it has changed its user.
+if it can no longer read the files, for example after it has changed its user. A thread reads them,
+because a network file system may make it wait.
 """
 
 import logging
@@ -14,7 +15,10 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import CredentialsUnusable
+from jobworker.pki.credentials import PEM_BYTES_MAX
 from jobworker.pki.tls import client_context, key_mode_warning
+from jobworker.regular_file import read_regular
+from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.client")
 
@@ -39,16 +43,26 @@ class Credentials:
 
     def read(self) -> ssl.SSLContext:
         """Return the TLS context of the current files. Raises CredentialsUnusable."""
+        return self._keep(*self._current(self._context, self._content))
+
+    def _current(
+        self, context: ssl.SSLContext | None, content: tuple[bytes, ...]
+    ) -> tuple[ssl.SSLContext, tuple[bytes, ...]]:
+        """The context of the current files and their content; the given ones if nothing changed."""
         before = self._contents()
-        while self._context is None or before != self._content:
-            context = client_context(ca=self.ca, certificate=self.certificate, key=self.key)
+        while context is None or before != content:
+            made = client_context(ca=self.ca, certificate=self.certificate, key=self.key)
             after = self._contents()
             if before == after:
-                self._context, self._content = context, after
+                context, content = made, after
                 if warning := key_mode_warning(self.key):
                     log.warning("%s", warning)
             before = after
-        return self._context
+        return context, content
+
+    def _keep(self, context: ssl.SSLContext, content: tuple[bytes, ...]) -> ssl.SSLContext:
+        self._context, self._content = context, content
+        return context
 
     async def renewed(self) -> ssl.SSLContext:
         """Return the same, or the last good context if the files have become unusable.
@@ -58,7 +72,10 @@ class Credentials:
         ends = trio.current_time() + SETTLE_SECONDS
         while True:
             try:
-                return self.read()
+                found = await in_thread(
+                    self._current, self._context, self._content, abandon_on_cancel=True
+                )
+                return self._keep(*found)
             except CredentialsUnusable:
                 if self._context is None:
                     raise
@@ -68,6 +85,7 @@ class Credentials:
 
     def _contents(self) -> tuple[bytes, ...]:
         try:
-            return tuple(path.read_bytes() for path in (self.ca, self.certificate, self.key))
+            files = (self.ca, self.certificate, self.key)
+            return tuple(read_regular(path, PEM_BYTES_MAX) for path in files)
         except (OSError, ValueError):
             return ()  # `client_context` reports the error

@@ -20,6 +20,7 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address
+from jobworker.client.silence import Traffic
 from jobworker.client.websocket import LOST, Closed, Rejected, Violation, WebSocket, upgrade
 from jobworker.errors import (
     CertificateRefused,
@@ -37,6 +38,7 @@ from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.closing import ENDED, Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.serialization.json_text import loads
+from jobworker.threads import in_thread
 from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0
@@ -76,6 +78,24 @@ class Connection:
             trio.ClosedResourceError,
         ) as failure:
             raise self._lost(failure) from None
+
+    async def ping(self) -> None:
+        """Send a ping. A broken connection is no error here: `receive` raises it."""
+        with suppress(Closed):
+            await self._socket.ping()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has passed over this connection so far."""
+        return self._socket.traffic
+
+    def silent(self, seconds: float) -> ConnectionFailed:
+        """Make the error for a server that has shown no sign of life for so long (`silence`)."""
+        return ConnectionFailed(
+            f"cannot go on: the service at {self._address} does not answer: nothing has arrived "
+            f"for {seconds:.0f} s, not even the answer to a ping",
+            remedy="is it stopped, or is the network down? jobs go on without it; connect again",
+        )
 
     async def aclose(self) -> None:
         """Send a closing frame, wait at most a second for the server's, and close."""
@@ -135,7 +155,7 @@ async def serve_connection(
             socket_ = await upgrade(secured, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:
             refusal = _refusal(address, broken.__cause__)
-            raise with_cause(refusal, own) if own else refusal from None
+            raise await in_thread(with_cause, refusal, own) if own else refusal from None
         except Closed:
             raise _refusal(address, None) from None
         except Violation as violation:

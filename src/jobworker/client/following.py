@@ -8,6 +8,7 @@ memory.
 
 from collections.abc import Callable
 from datetime import datetime
+from typing import NoReturn
 
 import trio
 from attrs import define, field, frozen
@@ -75,6 +76,8 @@ class Following:
     _drop: Callable[[], None]
     _next: Output | OutputEnd | JobworkerError | None = field(default=None, init=False)
     """A message that `receive_nowait` has read from the queue and left for `__anext__`."""
+    _failure: JobworkerError | None = field(default=None, init=False)
+    """Why the output ended before its last byte; None for a whole one."""
     _taken_bytes: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -106,7 +109,8 @@ class Following:
 
     async def __anext__(self) -> Chunk:
         if self.record is not None:
-            raise StopAsyncIteration
+            await trio.lowlevel.checkpoint()
+            self._raise_end()
         self._grant_taken()
         if self._next is None:
             self._next = await self._inbox.receiver.receive()
@@ -117,7 +121,12 @@ class Following:
             self._inbox.put(item)  # a second call must raise too, not wait for ever
             raise copied(item)
         if isinstance(item, OutputEnd):
-            return self._finish(item)
+            self.record, self.offset = item.job, item.offset
+            if item.error is not None:
+                self._failure = _error_named(
+                    item.error.get("name", ""), item.error.get("message", "")
+                )
+            self._raise_end()
         return self._take(item)
 
     def _grant_taken(self) -> None:
@@ -133,12 +142,11 @@ class Following:
             self.starts = tuple(each for each in self.starts if each.stream is not header.stream)
         return Chunk(stream=header.stream, offset=header.offset, time=header.time, data=item.data)
 
-    def _finish(self, end: OutputEnd) -> Chunk:
-        self.record = end.job
-        self.offset = end.offset
-        if end.error is None:
-            raise StopAsyncIteration
-        raise _error_named(end.error.get("name", ""), end.error.get("message", ""))
+    def _raise_end(self) -> NoReturn:
+        """Raise the end. Output that was cut must not look whole to a consumer that asks again."""
+        if self._failure is not None:
+            raise copied(self._failure)
+        raise StopAsyncIteration
 
 
 def _error_named(name: str, message: str) -> JobworkerError:

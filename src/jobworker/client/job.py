@@ -173,7 +173,8 @@ class JobOutput:
     job's final record. The end of the `with` block, or `close`, ends the subscription at once. If a
     loop is left without either, the garbage collector ends it later.
 
-    The iteration raises the server's error if the server could not send the output to its end.
+    The iteration raises the server's error if the server could not send the output to its end, and
+    again if it is asked again; `record` then stays None.
 
     >>> job = await client.run(["seq", "3"])
     >>> with job.output() as output:

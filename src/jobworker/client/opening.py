@@ -1,5 +1,6 @@
 """Open a client: from an address and three files to a client with a task for its connection."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,6 +18,9 @@ from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
 from jobworker.serialization.exact import kind
+
+LONGEST_PATH = 4096
+"""Characters: PATH_MAX of Linux, limits.h(0p)."""
 
 
 @asynccontextmanager
@@ -40,6 +44,9 @@ async def open_client(
     If the connection is lost, the client reconnects when a call needs it. It tries for
     `patience_seconds` (0 is never), and then the waiting calls raise ConnectionFailed. `on_lost` is
     called with the reason before it reconnects.
+
+    A connection counts as lost, too, if nothing arrives for 45 s while something waits, not even
+    the answer to a ping: the service stands still, or the network drops everything.
 
     The client tries to make the first connection once. With `start_patience_seconds`, it retries
     for so long if nothing listens or the connection breaks, as during a restart of the service.
@@ -70,7 +77,7 @@ async def open_client(
     _check_seconds("start_patience_seconds", start_patience_seconds)
     check_callback("connect", "on_lost", on_lost)
     check_callback("connect", "on_refused", on_refused)
-    credentials.read()
+    await credentials.renewed()
     calls = Calls(
         address=where,
         dial=partial(_dial, where, credentials),
@@ -168,9 +175,14 @@ async def _dial(
 
 
 def _file(name: str, path: object) -> Path:
-    if not isinstance(path, str | PathLike):
+    text = os.fspath(path) if isinstance(path, str | PathLike) else None
+    if not isinstance(text, str):
         raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {kind(path)}")
-    return Path(path)
+    if len(text) > LONGEST_PATH:
+        raise InvalidParams(
+            f"cannot connect: {name}: must be the path of a file, not {len(text)} characters"
+        )
+    return Path(text)
 
 
 def _check_seconds(name: str, seconds: object) -> None:

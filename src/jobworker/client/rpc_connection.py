@@ -1,10 +1,11 @@
 """One connection's calls and subscriptions: match replies to calls, and output to subscriptions.
 
-Three tasks serve a connection. The task of `dial.serve_connection` keeps it open. The reader passes
-each reply to the call with its id, and each piece of output to its subscription. The writer alone
-sends, so a request is sent whole or not at all, even if its call is cancelled. If the writer has
-not begun to send it, a cancelled call's request is dropped. Otherwise the request is sent, its
-reply is dropped, and a subscription that the reply opens is ended.
+Four tasks serve a connection. The task of `dial.serve_connection` keeps it open. The watch gives it
+up if the server is silent while something waits (`silence`). The reader passes each reply to the
+call with its id, and each piece of output to its subscription. The writer alone sends messages, so
+a request is sent whole or not at all, even if its call is cancelled. If the writer has not begun to
+send it, a cancelled call's request is dropped. Otherwise the request is sent, its reply is dropped,
+and a subscription that the reply opens is ended.
 
 Output may arrive before the task that asked for it runs. So the reader itself opens the inbox of a
 subscription at the first message with its number. Numbers grow: a number below the highest without
@@ -25,6 +26,7 @@ from attrs import define, field
 
 from jobworker.client.dial import Connection
 from jobworker.client.following import Following, Inbox, copied
+from jobworker.client.silence import TICK_SECONDS, Silence
 from jobworker.errors import ConnectionFailed, JobworkerError, MessageTooLarge, ProtocolError
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import CallId, ClientSession, Output, Reply
@@ -90,6 +92,8 @@ class RpcConnection:
     _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
     """Calls without a reply, cancelled ones included."""
     _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
+    _awaited: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot, init=False)
+    """Here the watch waits while nothing waits for the server."""
     _highest_subscription: int = field(default=0, init=False)
     _dropped: deque[int] = field(factory=deque, init=False)
     """Subscriptions whose Following was deleted without `close`; filled by garbage collection."""
@@ -120,6 +124,7 @@ class RpcConnection:
             raise RpcConnectionLost(copied(self.failure), sent=False, size=size)
         pending = self._pending[id_] = _Pending(id_, size, on_sent=on_sent)
         self._outgoing.send_nowait((message, pending))
+        self._awaited.unpark_all()
         try:
             await pending.answered.wait()
         except trio.Cancelled:
@@ -197,6 +202,29 @@ class RpcConnection:
                     self._forget(self._dropped.popleft())
         except JobworkerError as lost:
             self.lose(lost)
+
+    async def serve_watch(self) -> None:
+        """Lose the connection once the server is silent while calls or subscriptions wait."""
+        silence = Silence(self.connection.traffic)
+
+        async def ping() -> None:
+            await self.connection.ping()
+            silence.ping_sent(self.connection.traffic.sent_bytes)
+
+        async with trio.open_nursery() as nursery:
+            while not silence.is_over_the_bound:
+                while not self._awaits_server:
+                    await self._awaited.park()
+                await trio.sleep(TICK_SECONDS)
+                if silence.tick(self.connection.traffic):
+                    nursery.start_soon(ping)  # it may wait behind a long request
+            nursery.cancel_scope.cancel()
+        self.lose(self.connection.silent(silence.seconds))
+
+    @property
+    def _awaits_server(self) -> bool:
+        waiting = (True for pending in self._pending.values() if not pending.abandoned)
+        return bool(self._inboxes) or any(waiting)
 
     def _dispatch(self, received: Reply | Output | m.OutputEnd | None) -> None:
         match received:

@@ -4,7 +4,9 @@ One task receives, any number send. A whole binary message is returned as a view
 buffer, valid until the next call: it is not copied, so a large one costs only its decryption. All
 other frames go through wsproto (see `protocol.frames`).
 
-`receive` answers pings and closing frames, so one task should always be in it.
+`receive` answers pings and closing frames, so one task should always be in it. It does not wait for
+another task's message to be sent, which may take long while the server reads nothing; that task
+then sends the answer to the ping.
 """
 
 from collections import deque
@@ -17,6 +19,7 @@ from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.handshake import H11Handshake
 from wsproto.utilities import ProtocolError
 
+from jobworker.client.silence import Traffic
 from jobworker.protocol.frames import FrameHeader, read_header
 from jobworker.tls_stream import TLSStream
 
@@ -125,6 +128,10 @@ class WebSocket:
     _parts: list[str | bytes] = field(factory=list, init=False)
     _parts_size: int = field(default=0, init=False)
     _ended: Closed | None = field(default=None, init=False)
+    _frames: int = field(default=0, init=False)
+    """Whole frames received so far."""
+    _pong: ws.Pong | None = field(default=None, init=False)
+    """The answer to the last ping, if it was not sent yet: RFC 6455, section 5.5.3."""
     _receiving: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -137,9 +144,31 @@ class WebSocket:
             raise Closed(*(self._ended.args if self._ended else ()))
         await self._send(ws.TextMessage(data=text))
 
+    async def ping(self) -> None:
+        """Send a ping, whose answer `receive` takes as a frame. Raises Closed."""
+        if self._ended is not None or self._protocol.state is not ConnectionState.OPEN:
+            raise Closed(*(self._ended.args if self._ended else ()))
+        await self._send(ws.Ping())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has passed over this connection so far."""
+        stream, taken_bytes = self._stream, 0
+        with suppress(trio.ClosedResourceError, OSError):
+            taken_bytes = stream.taken_bytes
+        return Traffic(
+            frames=self._frames,
+            received_bytes=stream.received_bytes,
+            sent_bytes=stream.sent_bytes,
+            taken_bytes=taken_bytes,
+        )
+
     async def _send(self, event: ws.Event) -> None:
         try:
             await self._stream.send_all(self._protocol.send(event))
+            while self._pong is not None and self._protocol.state is ConnectionState.OPEN:
+                pong, self._pong = self._pong, None
+                await self._stream.send_all(self._protocol.send(pong))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise Closed from None
 
@@ -159,6 +188,7 @@ class WebSocket:
                     await self._read_more(header)
                     continue
                 self._start += header.size
+                self._frames += 1
                 if header.whole_binary_message and not self._parts:
                     return view[header.header_bytes : header.size]
                 await self._take(bytes(view[: header.size]))
@@ -198,7 +228,11 @@ class WebSocket:
                 case ws.TextMessage() | ws.BytesMessage():
                     self._take_part(event)
                 case ws.Ping():
-                    if self._protocol.state is ConnectionState.OPEN:  # else no pong may follow
+                    if self._protocol.state is not ConnectionState.OPEN:  # no pong may follow
+                        continue
+                    if self._stream.is_sending:
+                        self._pong = event.response()
+                    else:
                         await self._send(event.response())
                 case ws.CloseConnection():
                     if self._protocol.state is ConnectionState.OPEN:  # from wsproto, not a frame

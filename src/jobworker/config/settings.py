@@ -7,10 +7,9 @@ each key; a test checks that it has every key, with its default.
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from attrs import evolve, field, frozen
@@ -33,7 +32,9 @@ from jobworker.model.job import (
 )
 from jobworker.model.subjects import entry_fault
 from jobworker.model.units import MEBIBYTE
+from jobworker.regular_file import NotText, read_text
 from jobworker.serialization.convert import faults_of
+from jobworker.serialization.toml_text import MalformedTOML, loads
 
 DEFAULT_PORT = 50051
 
@@ -67,11 +68,18 @@ def _absolute(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be an absolute path without '..', not {value!r}")
 
 
-def _absolute_all(_: object, __: object, value: tuple[str, ...]) -> None:
+KERNEL_TREES = ("/dev", "/proc", "/sys")
+"""Directories of the kernel's, which have no programs. A job has a /dev and a /proc of its own."""
+
+
+def _programs(_: object, __: object, value: tuple[str, ...]) -> None:
     for path in value:
         _absolute(None, None, path)
         if path == "/":
             raise ValueError("must not be '/': jobs must never see all of the host")
+        for tree in KERNEL_TREES:
+            if PurePosixPath(f"/{path.strip('/')}").is_relative_to(tree):
+                raise ValueError(f"must not be {path!r}: {tree} has no programs of the host")
 
 
 def _file(_: object, __: object, value: str) -> None:
@@ -202,7 +210,7 @@ class CgroupSettings:
 class SandboxSettings:
     """The files that a job sees, its user ids on the host, and its confinement."""
 
-    programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_absolute_all)
+    programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_programs)
     etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
     first_uid: int = field(default=FIRST_UID, validator=_first_uid)
     """0 uses a free range."""
@@ -247,16 +255,20 @@ class Settings:
 def load(path: Path) -> Settings:
     """Read the settings in `path`. Raises ConfigError with every fault of the file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
+        data = loads(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}",
             remedy="name an existing file with --config, or see etc/worker.toml for an example",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except NotText as error:
         raise ConfigError(
-            f"cannot read the configuration {path}: it is not TOML: {error}",
+            f"cannot read the configuration {path}: {error}",
+            remedy="convert it to UTF-8 without a byte order mark",
+        ) from None
+    except MalformedTOML as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error}",
             remedy="correct that line; etc/worker.toml is an example",
         ) from None
     settings, faults = faults_of(Settings, data)

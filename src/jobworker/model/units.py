@@ -3,6 +3,8 @@
 import re
 from datetime import UTC, datetime, timedelta
 
+from jobworker.errors import shortened
+
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 
@@ -21,10 +23,10 @@ def parse_duration(text: str) -> float:
     else:
         parts = _DURATION_PART.findall(words)
         if not parts or "".join(number + unit for number, unit in parts) != words:
-            raise ValueError(f"{text!r} is not a duration such as 90s, 10m or 1h30m")
+            raise ValueError(f"{shortened(text)!r} is not a duration such as 90s, 10m or 1h30m")
         seconds = sum(float(number) * _DURATION[unit] for number, unit in parts)
     if seconds > MAX_DURATION_SECONDS:
-        raise ValueError(f"{text!r} is longer than ten years")
+        raise ValueError(f"{shortened(text)!r} is longer than ten years")
     return seconds
 
 
@@ -72,10 +74,10 @@ def parse_size(text: str, *, alone: str = "B") -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is not a size such as 500K, 64M or 2G")
+        raise ValueError(f"{shortened(text)!r} is not a size such as 500K, 64M or 2G")
     size = float(found[1]) * (1 << _SIZE_UNITS[(found[2] or alone)[0].upper()])
     if size > 1 << 50:
-        raise ValueError(f"{text!r} is more than 1024T")
+        raise ValueError(f"{shortened(text)!r} is more than 1024T")
     return int(size)
 
 

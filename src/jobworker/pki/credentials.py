@@ -5,10 +5,8 @@ checked by the rules that its clients will apply, with the X509Store of pyOpenSS
 cause. Only this check imports cryptography and OpenSSL, which would double a client's start time.
 """
 
-import os
 import re
 import ssl
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from attrs import Factory, field, frozen
 
 from jobworker import errors
 from jobworker.pki.refusals import EXPIRED, FOREIGN, NOT_YET_VALID, words
+from jobworker.regular_file import read_regular
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -54,10 +53,7 @@ def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = ""
     differs from `remedy`. Raises `CredentialsUnusable`.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise _unusable(path, what, "it is not a regular file", remedy)
-        with path.open("rb") as file:
-            content = file.read(PEM_BYTES_MAX + 1)
+        content = read_regular(path, PEM_BYTES_MAX)
     except FileNotFoundError:
         raise _unusable(path, what, "there is no such file", absent or remedy) from None
     except PermissionError:
@@ -65,11 +61,9 @@ def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = ""
         allow = f"let {who} read {path}"
         raise _unusable(path, what, "this user may not read it", allow) from None
     except OSError as exc:
-        raise _unusable(path, what, os.strerror(exc.errno or 0), remedy) from None
+        raise _unusable(path, what, exc.strerror or str(exc), remedy) from None
     except ValueError:  # a NUL or a lone surrogate in the path
         raise _unusable(path, what, "no file can have that path", remedy) from None
-    if len(content) > PEM_BYTES_MAX:
-        raise _unusable(path, what, f"it is larger than {PEM_BYTES_MAX} bytes", remedy)
     if not re.search(rb"-----BEGIN (?:[A-Z0-9]+ )*" + label.encode() + b"-----", content):
         raise _unusable(path, what, f"it holds no PEM block '{label}'", remedy)
     return PemFile(path, content)

@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobworker.errors import CertificateRefused, JobworkerError
+from jobworker.pki.credentials import PEM_BYTES_MAX
 from jobworker.pki.refusals import AMBIGUOUS
+from jobworker.regular_file import read_regular
 
 EXPIRED_ALERT = "certificate_expired"
 LEAST_RSA_BITS = 2048
@@ -37,7 +39,7 @@ def _cause(certificate: Path, now: datetime, *, expired: bool) -> str | None:
     from jobworker.pki.unreadable import UNREADABLE
 
     try:
-        own = x509.load_pem_x509_certificate(certificate.read_bytes())
+        own = x509.load_pem_x509_certificate(read_regular(certificate, PEM_BYTES_MAX))
         key, digest = own.public_key(), own.signature_hash_algorithm
     except (OSError, *UNREADABLE):
         return None

@@ -24,12 +24,15 @@ from jobworker import errors
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE, replace
 from jobworker.pki.unreadable import UNREADABLE
+from jobworker.regular_file import NotText, read_regular, read_text
 from jobworker.serialization.convert import faults_of, unstructure
 from jobworker.serialization.json_text import dumps, loads
 
 Kind = Literal["server", "client", "CA"]
 
 INDEX, LIST = "issued.json", "ca-crl.pem"
+INDEX_BYTES_MAX = 256 << 20
+"""Some half a million certificates; a bound also on the list."""
 
 REASONS = tuple(
     flag.value
@@ -128,10 +131,12 @@ def read_registry(directory: Path) -> Registry:
     """Read the index; it is empty if there is no file. Raises `CredentialsUnusable`."""
     path = directory / INDEX
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path, INDEX_BYTES_MAX)
     except FileNotFoundError:
         return Registry()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from None
+    except NotText as error:
         raise _unusable(path, str(error)) from None
     try:
         registry, faults = faults_of(Registry, loads(content))
@@ -180,7 +185,7 @@ def _revoked(registry: Registry, before: Path | None) -> Iterator[x509.RevokedCe
     if before is None:
         return
     try:
-        earlier = x509.load_pem_x509_crl(before.read_bytes())
+        earlier = x509.load_pem_x509_crl(read_regular(before, INDEX_BYTES_MAX))
     except FileNotFoundError:
         return
     except (OSError, *UNREADABLE) as error:

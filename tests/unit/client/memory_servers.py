@@ -12,6 +12,7 @@ from jobworker.client.address import Address
 from jobworker.client.calls import Calls
 from jobworker.client.client import Client
 from jobworker.client.following import DELIVERY, Following
+from jobworker.client.silence import Traffic
 from jobworker.errors import (
     ConnectionFailed,
     JobworkerError,
@@ -85,7 +86,21 @@ class Wire:
     out: trio.MemorySendChannel[str]
     incoming: trio.MemoryReceiveChannel[str | bytes]
     is_ended: bool = False
+    is_silent: bool = False
+    """Whether it answers no ping, as a stopped service."""
+    frames: int = 0
     goodbyes: int = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(frames=self.frames, received_bytes=0, sent_bytes=0, taken_bytes=0)
+
+    async def ping(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.frames += not self.is_silent
+
+    def silent(self, seconds: float) -> ConnectionFailed:
+        return ConnectionFailed(f"cannot go on: the service does not answer for {seconds:.0f} s")
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -99,7 +114,9 @@ class Wire:
 
     async def receive(self) -> str | bytes:
         try:
-            return await self.incoming.receive()
+            message = await self.incoming.receive()
+            self.frames += 1
+            return message
         except trio.EndOfChannel:
             raise ConnectionFailed("cannot go on: the connection broke") from None
 
@@ -110,13 +127,16 @@ class Servers:
 
     plays: list[Callable[[Peer], Awaitable[None]]]
     say_that_they_end: bool = False
+    silent: int = 0
+    """How many connections from now on answer no ping."""
 
     async def dial(self, *, task_status: trio.TaskStatus[object]) -> None:
         if not self.plays:
             raise ConnectionFailed("cannot connect: nobody there")
         out, sent = trio.open_memory_channel[str](1000)
         to_client, incoming = trio.open_memory_channel[str | bytes](1000)
-        task_status.started(Wire(out, incoming, self.say_that_they_end))
+        task_status.started(Wire(out, incoming, self.say_that_they_end, self.silent > 0))
+        self.silent -= 1
         await self.plays.pop(0)(Peer(sent, to_client))
 
 

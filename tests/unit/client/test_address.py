@@ -58,3 +58,16 @@ def test_an_address_is_written_as_it_is_read() -> None:
 
 def test_server_name_has_no_zone() -> None:
     assert parse_address("[fe80::1%eth0]:1").server_name == "fe80::1"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}://x", "http://{}", "[{}", "{0}:{0}:1", "h:{}", " {}"])
+def test_error_about_a_long_address_is_short(form: str) -> None:
+    with pytest.raises(ValueError, match=r"too long: it has \d+ characters") as raised:
+        parse_address(form.format("x" * 5_000_000))
+    assert len(str(raised.value)) < 1000
+
+
+def test_address_has_a_bound() -> None:
+    with pytest.raises(ValueError, match="host") as raised:
+        Address("x" * 5_000_000)
+    assert len(str(raised.value)) < 1000

@@ -90,10 +90,9 @@ async def test_output_that_the_server_could_not_send_raises_after_what_came() ->
         nursery.start_soon(serve)
         output = await opened(client)
         assert (await anext(output)).data == b"abc"
-        with pytest.raises(NotFound, match="it is gone"):
-            await anext(output)
-        with pytest.raises(StopAsyncIteration):
-            await anext(output)
+        for _ in range(2):  # output that was cut is not told as whole the second time
+            with pytest.raises(NotFound, match="it is gone"):
+                await anext(output)
 
 
 # --- a followed output by itself ------------------------------------------------------------

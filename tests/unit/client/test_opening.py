@@ -54,7 +54,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
             await servers.dial(task_status=task_status)
 
         monkeypatch.setattr(opening, "_dial", dial)
-        monkeypatch.setattr(Credentials, "read", lambda _: None)
+
+        async def renewed(_: Credentials) -> None:
+            await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(Credentials, "renewed", renewed)
         async with open_client(address, **FILES, **options) as client:
             yield client
 

@@ -21,6 +21,7 @@ class Memory:
 
     pieces: list[bytes]
     sent: bytearray = field(factory=bytearray)
+    is_sending: bool = False
 
     async def receive_into(self, buffer: memoryview) -> int:
         await trio.lowlevel.checkpoint()

@@ -1,6 +1,7 @@
 """The settings: documented at their defaults, and every fault of a file told at once."""
 
 import contextlib
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -185,6 +186,9 @@ def test_all_faults_are_told_at_once_with_their_keys(tmp_path: Path) -> None:
         ('[cgroup]\nparent = "a/../../b"', "cgroup.parent: must be a path below"),
         ('[cgroup]\nenable_controllers = "cpu"', "must be a list, not a string"),
         ('[sandbox]\nprograms = ["usr"]', "sandbox.programs: must be an absolute path"),
+        ('[sandbox]\nprograms = ["/proc"]', "sandbox.programs: must not be '/proc': /proc has no"),
+        ('[sandbox]\nprograms = ["//sys/"]', "sandbox.programs: must not be '//sys/': /sys has"),
+        ('[sandbox]\nprograms = ["/dev/shm"]', "sandbox.programs: must not be '/dev/shm'"),
         ('[sandbox]\netc = ["/etc/shadow"]', "sandbox.etc: must contain names below /etc"),
         ('[sandbox]\netc = [""]', "sandbox.etc: must contain names below /etc"),
         ('[sandbox]\netc = ["a\\u0000"]', "sandbox.etc: must contain names below /etc"),
@@ -242,20 +246,43 @@ def test_name_that_only_begins_like_a_program_directory_is_no_fault(tmp_path: Pa
 
 
 def test_missing_file_and_directory_are_refused_with_a_remedy(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "x.toml", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "x.toml", "No such file"), (tmp_path, "it is a directory")):
         with pytest.raises(ConfigError, match=reason) as caught:
             load(path)
         assert "--config" in caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    "content", [b"[server\n", b"port = \n", b"\xff\xfe", b"a = 1\na = 2\n", b"[s]\n[s]\n"]
-)
+@pytest.mark.parametrize("content", [b"[server\n", b"port = \n", b"a = 1\na = 2\n", b"[s]\n[s]\n"])
 def test_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "worker.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="it is not TOML"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\xfe", "it is not UTF-8 text"),
+        (b"\xef\xbb\xbf[server]\nport = 1\n", "it begins with a byte order mark"),
+        (b"a = " + b"[" * 20_000, "its values are nested too deeply"),
+        (b"#" * (1 << 20) + b"\n", "it is larger than 1048576 bytes"),
+    ],
+)
+def test_file_that_is_no_text_of_usual_form_is_refused(
+    tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "worker.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=why):
+        load(path)
+
+
+def test_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    """At SIGHUP, too, nothing would end the wait for its other end."""
+    os.mkfifo(tmp_path / "worker.toml")
+    with pytest.raises(ConfigError, match="it is not a regular file"):
+        load(tmp_path / "worker.toml")
 
 
 values = st.recursive(

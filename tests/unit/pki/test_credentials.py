@@ -124,7 +124,7 @@ def test_directory_in_place_of_file_is_named(files: Files, side: str, which: str
     path: Path = getattr(files, which)
     path.unlink()
     path.mkdir()
-    assert "not a regular file" in files.fault(side, path)
+    assert "it is a directory" in files.fault(side, path)
 
 
 @both_sides

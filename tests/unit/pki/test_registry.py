@@ -140,7 +140,7 @@ def test_missing_index_is_empty(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"{", "cannot read the message as JSON"),
-        (b"\xff", "codec"),
+        (b"\xff", "it is not UTF-8 text"),
         (b'{"list_number": "1"}', "list_number: must be an integer"),
         (b'{"other": 1}', "other"),
     ],
@@ -158,7 +158,7 @@ def test_damaged_index_is_named_with_what_is_lost_without_it(
 
 def test_index_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).mkdir()
-    with pytest.raises(CredentialsUnusable, match="Is a directory"):
+    with pytest.raises(CredentialsUnusable, match="it is a directory"):
         read_registry(tmp_path)
 
 

@@ -15,6 +15,10 @@ from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
 from jobworker.model.units import parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
+from jobworker.regular_file import NotText, decoded
+
+VARIABLE_FILE_BYTES_MAX = 16 << 20
+"""A job may have 1 MiB of arguments and variables; the rest is room for comments."""
 
 if TYPE_CHECKING:
     pass
@@ -229,9 +233,13 @@ class VariableFile(click.ParamType[tuple[tuple[str, str], ...]]):
         if isinstance(value, tuple):
             return value
         try:
-            lines = Path(os.path.expanduser(str(value))).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            with open(os.path.expanduser(str(value)), "rb") as file:  # a pipe is welcome
+                given = file.read(VARIABLE_FILE_BYTES_MAX + 1)
+            if len(given) > VARIABLE_FILE_BYTES_MAX:
+                raise NotText(f"it is larger than {VARIABLE_FILE_BYTES_MAX} bytes")
+            lines = decoded(given).split("\n")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             self.fail(f"cannot read {str(value)!r}: {reason}", param, ctx)
         found = []
         for number, line in enumerate(lines, 1):

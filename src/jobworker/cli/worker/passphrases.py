@@ -16,6 +16,7 @@ CA_VARIABLE = "WORKER_CA_PASSPHRASE"
 PKCS12_VARIABLE = "WORKER_PKCS12_PASSWORD"
 LEAST = 8
 """Characters of a new passphrase, at least."""
+PASSPHRASE_BYTES_MAX = 4096
 
 
 def ca_passphrase(file: Path | None) -> bytes:
@@ -46,12 +47,20 @@ def _from_file_or_variable(file: Path | None) -> bytes:
     if file is None:
         return os.environ.get(CA_VARIABLE, "").encode()
     try:
-        first = file.read_bytes().splitlines()[:1]
+        with file.open("rb") as opened:  # a pipe is welcome
+            line = opened.readline(PASSPHRASE_BYTES_MAX + 1)
     except OSError as error:
         raise CredentialsUnusable(
             f"cannot read the passphrase {file}: {os.strerror(error.errno or 0)}",
             remedy="name a file that this user may read",
         ) from None
+    if len(line) > PASSPHRASE_BYTES_MAX:
+        raise CredentialsUnusable(
+            f"cannot use the passphrase {file}: its first line is longer than "
+            f"{PASSPHRASE_BYTES_MAX} bytes",
+            remedy="write the passphrase into its first line",
+        )
+    first = line.splitlines()
     if not first or not first[0]:
         raise CredentialsUnusable(
             f"cannot use the passphrase {file}: its first line is empty",

@@ -20,8 +20,9 @@ import asyncclick as click
 from attrs import define, field, frozen
 
 from jobworker.client.address import Address, parse_address
-from jobworker.errors import ConfigError
+from jobworker.errors import ConfigError, shortened
 from jobworker.model.units import parse_duration
+from jobworker.regular_file import NotText, read_text
 
 DIRECTORY = "~/.worker"
 
@@ -119,17 +120,17 @@ def read_settings(file: Path) -> dict[str, str]:
     Raises ConfigError, which names the line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        why = os.strerror(error.errno or 0)
+        why = error.strerror or str(error)
         allow = "let this user read it"
         remedy = allow if isinstance(error, PermissionError) else "put a text file there"
         raise ConfigError(f"cannot read {file}: {why}", remedy=remedy) from None
-    except UnicodeDecodeError:
+    except NotText as fault:
         raise ConfigError(
-            f"cannot read {file}: it is not UTF-8 text", remedy="convert it to UTF-8"
+            f"cannot read {file}: {fault}", remedy="convert it to UTF-8 without a byte order mark"
         ) from None
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
@@ -153,7 +154,7 @@ def _refuse_misspelt(name: str, where: str) -> None:
     if not likely and not name.upper().startswith("WORKER"):
         return
     raise ConfigError(
-        f"cannot read {where}: {name} is not a known name",
+        f"cannot read {where}: {shortened(name)} is not a known name",
         remedy=f"write {likely[0]}" if likely else f"give one of {', '.join(_OURS)}",
     )
 
@@ -179,10 +180,11 @@ def _read_line(
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not _NAME.fullmatch(name):
-            raise malformed(f"{word!r} is not NAME=value")
+            raise malformed(f"{shortened(word)!r} is not NAME=value")
         value, unknown = _fill_in(value, names, variables)
         if unknown and name in _OURS:
-            raise malformed(f"{unknown} in the value of {name} is not set")
+            why = _NOT_EXPANDED.get(unknown, f"{shortened(unknown)} is not set")
+            raise malformed(f"cannot use the value of {name}: {why}")
         if "\0" in value and name in _OURS:
             raise malformed(f"the value of {name} contains a NUL character")
         found[name] = value
@@ -194,6 +196,15 @@ _MARK = "\ue000"
 _VARIABLE = re.compile(
     r"""(?P<plain>\\.|'[^']*')|\$(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<command>[({]))|(?P<tick>`)"""
 )
+
+
+_COMMAND = "it contains a command, and only a shell would run it"
+_NOT_EXPANDED = {
+    "$(": _COMMAND,
+    "`": _COMMAND,
+    "${": "it contains a form of ${…} that only a shell knows; write $NAME or ${NAME}",
+}
+"""Why the value has no result, by what begins the part that a shell would expand."""
 
 
 def _mark_variables(line: str) -> tuple[str, list[str]]:
@@ -221,14 +232,14 @@ def _mark_variables(line: str) -> tuple[str, list[str]]:
 
 
 def _fill_in(value: str, names: list[str], variables: Mapping[str, str]) -> tuple[str, str]:
-    """Replace the marks by values: the result, and the first unknown variable, "" for none."""
+    """Replace the marks by values: the result, and the first that has none, "" if all have one."""
     unknown = ""
 
     def variable(found: re.Match[str]) -> str:
         nonlocal unknown
         name = names[int(found[1])]
         if name not in variables:
-            unknown = unknown or f"${name.removeprefix('$')}"
+            unknown = unknown or (name if name in _NOT_EXPANDED else f"${name}")
         return variables.get(name, "")
 
     return re.sub(f"{_MARK}([0-9]+){_MARK}", variable, value), unknown

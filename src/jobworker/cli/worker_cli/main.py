@@ -128,6 +128,10 @@ def worker_cli(
     Instead of options you can set WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
     WORKER_CA_PATH, in the environment or in ~/.worker/config, in lines such as export
     WORKER_SERVER="host:50051".
+
+    If the connection breaks, or the service answers nothing for 45 s, not even a ping, a command
+    says so on standard error and tries for 2 minutes to connect again. Then it exits with 69. A
+    request to run a job is not repeated if the service may have it.
     """
     given = {SERVER: server, CERTIFICATE: cert, KEY: key, CA: ca}
     invocation.options.update({name: value for name, value in given.items() if value is not None})

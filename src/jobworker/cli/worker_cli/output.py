@@ -66,10 +66,10 @@ async def log(
 ) -> None:
     """Print the output of JOB, its standard error on standard error.
 
-    On a terminal, control characters are shown, not executed. If the connection breaks, the program
-    reconnects and resumes the output where it stopped. If a job writes to standard output and
-    standard error within a short time, the order of the two may change; `exec 2>&1` in the job's
-    shell merges them.
+    On a terminal, control characters are shown, not executed. If the connection breaks, or the
+    service stands still, the program reconnects and resumes the output where it stopped. If a job
+    writes to standard output and standard error within a short time, the order of the two may
+    change; `exec 2>&1` in the job's shell merges them.
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     style = OutputStyle(json=invocation.json, visible=not raw, timestamps=timestamps)

@@ -73,7 +73,7 @@ def enter(
         trees, links = program_trees(programs)
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             trees = with_mounts_below(trees, mounts.read())
-        hidden = {tree: not_for_all(tree) for tree in trees}
+        hidden = {tree: _searched(tree) for tree in trees}
         entries = snapshot_etc(etc)
         blanks = _blanks(scratch, disks.size)
         _move(stage, {SCRATCH: scratch, VOLUMES: volumes}, [*trees, *runtimes.values()])
@@ -101,6 +101,18 @@ def enter(
         label=disk_images.label_of(scratch),
     )
     return Stage(view, image_settings, (), others, for_volumes)
+
+
+def _searched(tree: str) -> list[str]:
+    """The names to hide in a tree. Raises HostUnsupported if it cannot be searched."""
+    try:
+        return not_for_all(tree)
+    except OSError as error:
+        raise HostUnsupported(
+            f"cannot show jobs {tree}: cannot search it for what not every user may read: "
+            f"{error.strerror} ({error.filename or tree})",
+            remedy="take it out of sandbox.programs",
+        ) from error
 
 
 def _try_mapping(mounts: Mapping[str, str]) -> None:
@@ -185,12 +197,24 @@ def _lay_base(
     layers = [Layer("", (root,))]
     for number, path in enumerate(trees):
         os.makedirs(root + path, 0o755, exist_ok=True)
-        lower: tuple[str, ...] = (f"{LAYERS}/{number}",)
-        if hidden[path]:
-            lower = (_mask(f"{BASE}/masks-{number}", lower[0], hidden[path]), *lower)
-        layers.append(Layer(path, lower))
+        layers.append(_layer(BASE, number, path, hidden[path]))
     sc.mount(None, BASE, None, sc.MS_REMOUNT | sc.MS_RDONLY | sc.MS_NOSUID | sc.MS_NODEV)
     return tuple(layers)
+
+
+def _layer(base: str, number: int, path: str, hidden: Sequence[str]) -> Layer:
+    """The layer of the tree that jobs see at `path`, below a mask if it has names to hide."""
+    tree = f"{LAYERS}/{number}"
+    if not hidden:
+        return Layer(path, (tree,))
+    try:
+        return Layer(path, (_mask(f"{base}/masks-{number}", tree, hidden), tree))
+    except OSError as error:
+        raise HostUnsupported(
+            f"cannot show jobs {path}: cannot hide the {len(hidden)} names in it that not every "
+            f"user may read: {error.strerror}",
+            remedy="take it out of sandbox.programs",
+        ) from error
 
 
 def _mask(place: str, tree: str, names: Sequence[str]) -> str:

@@ -23,9 +23,9 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import product
-from pathlib import Path
 
 from jobworker.errors import ConfigError
+from jobworker.regular_file import NotText, read_text
 from jobworker.sandbox.seccomp.libseccomp import (
     ALLOW,
     ARCHITECTURES,
@@ -60,12 +60,12 @@ def load_filters(path: str) -> Filters:
     """
     try:
         if path:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
         else:
             profile = resources.files("jobworker.sandbox.seccomp") / "seccomp.toml"
             path, text = str(profile), profile.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8"
+    except (OSError, NotText) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
         raise ConfigError(
             f"cannot read the system-call profile {path or 'of the package'}: {reason}",
             remedy="correct sandbox.seccomp_profile, or unset it for the profile of the package",

@@ -12,7 +12,6 @@ program.
 Pure: the caller reads the file and passes its text.
 """
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
@@ -21,6 +20,7 @@ from attrs import field, frozen
 from jobworker.errors import ConfigError
 from jobworker.model.bounds import within
 from jobworker.serialization.convert import faults_of
+from jobworker.serialization.toml_text import MalformedTOML, loads
 
 T = TypeVar("T")
 
@@ -102,9 +102,9 @@ def parse(text: str, name: str) -> Profile:
     Raises ConfigError, which names the file and every fault with the rule that it is in.
     """
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise unusable(name, [f"it is not TOML: {error}"]) from None
+        data = loads(text)
+    except MalformedTOML as error:
+        raise unusable(name, [str(error)]) from None
     profile, faults = faults_of(Profile, data)
     if profile is None:
         raise unusable(name, [_with_rule(data, fault) for fault in faults])

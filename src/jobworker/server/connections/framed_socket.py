@@ -78,6 +78,13 @@ class FramedSocket:
         """
         await self._socket.ping()
 
+    async def pong(self) -> None:
+        """Send a pong that answers no ping. Raises ConnectionClosed.
+
+        If it is cancelled, a frame may be cut off, and the connection can send nothing more.
+        """
+        await self._socket.pong()
+
     def take_small_frames(self) -> int:
         """See `FrameScanner.take_small`."""
         return self._stream.frames.take_small()

@@ -162,6 +162,7 @@ class Conversation:
                                 self._context.limiter.limits,
                                 self._sender.end,
                             )
+                            nursery.start_soon(watches.show_life, self._socket, self.intake)
                             # ConnectionClosed does not leave the nursery: Python keeps the frames
                             # of an exception group until it next collects cycles.
                             with suppress(ConnectionClosed):

@@ -61,11 +61,18 @@ class ReadBackpressure:
     _pausing: int = field(default=0, init=False)
     pauses: int = field(default=0, init=False)
     """How many pauses have ended."""
+    _watchers: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot, init=False)
+    """Here tasks wait for the next pause."""
 
     @property
     def paused(self) -> bool:
         """Whether the server now reads nothing from the client, not even answers to pings."""
         return self._pausing > 0
+
+    async def wait_for_pause(self) -> None:
+        """Wait until the server reads nothing from the client."""
+        while not self.paused:
+            await self._watchers.park()
 
     async def wait_for_room(self, size: int) -> float:
         """Wait until the rest of a message may be read, of which `size` bytes have come.
@@ -106,6 +113,7 @@ class ReadBackpressure:
     def pause(self) -> Iterator[None]:
         """Count the block as a pause, in which nothing is read; pauses may overlap."""
         self._pausing += 1
+        self._watchers.unpark_all()
         try:
             yield
         finally:

@@ -1,12 +1,13 @@
-"""Tasks of a conversation that end it if the client is silent or too slow.
+"""Tasks of a conversation that end it if the client is silent or too slow, and `show_life`.
 
-Each function gets `end`, which ends the conversation with an error.
+Each function but `show_life` gets `end`, which ends the conversation with an error.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
 
 import trio
+from trio_websocket import ConnectionClosed
 
 from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import JobworkerError, PingUnanswered, SendStalled, TooSlow
@@ -17,6 +18,8 @@ from jobworker.server.requests.read_backpressure import ReadBackpressure
 
 End = Callable[[JobworkerError], None]
 
+LIFE_SECONDS = 10.0
+"""Less than any client should wait for a sign of life (docs/protocol.md, Silence)."""
 SERVE_SECONDS = 60.0
 """How long a large request may take beyond `stall_seconds`; a job starts within seconds."""
 
@@ -54,6 +57,20 @@ async def end_unless_taken(
                 f"took less than {LEAST_BYTES_PER_SECOND} bytes a second"
             )
         )
+
+
+async def show_life(socket: FramedSocket, intake: ReadBackpressure) -> None:
+    """Send a pong of our own at intervals while the server reads nothing from the client.
+
+    Meanwhile it answers no ping, so a client that waits for its turn with a large request would
+    take the server for one that stands still. RFC 6455, section 5.5.3, allows such a pong.
+    """
+    while True:
+        await intake.wait_for_pause()
+        await trio.sleep(LIFE_SECONDS)
+        if intake.paused:
+            with suppress(ConnectionClosed):
+                await socket.pong()
 
 
 async def ping(

@@ -182,6 +182,9 @@ def test_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert "Is a directory" in refusal(VariableFile(), str(tmp_path))
     (tmp_path / "binary").write_bytes(b"A=\xff")
     assert "not UTF-8" in refusal(VariableFile(), str(tmp_path / "binary"))
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfA=1")
+    assert "byte order mark" in refusal(VariableFile(), str(tmp_path / "marked"))
+    assert "larger than" in refusal(VariableFile(), "/dev/zero")
     (tmp_path / "nameless").write_text("A=1\n=x\n")
     assert "line 2 of" in refusal(VariableFile(), str(tmp_path / "nameless"))
 

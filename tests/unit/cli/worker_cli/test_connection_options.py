@@ -1,5 +1,6 @@
 """Which server and which files: the order of places, and the file's form."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -93,22 +94,56 @@ def test_malformed_line_is_named_with_its_number(file: Path, line: str) -> None:
     assert "export NAME=" in caught.value.remedy
 
 
-@pytest.mark.parametrize("value", ["$NOBODY/x", '"${NOBODY}"', "$(pwd)/x", "`pwd`/x"])
-def test_variable_that_is_not_set_is_named_and_no_command_is_run(file: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["$NOBODY/x", '"${NOBODY}"', "${NOBODY}$(pwd)"])
+def test_variable_that_is_not_set_is_named(file: Path, value: str) -> None:
     file.write_text(f"export WORKER_CA_PATH={value}\n")
-    with pytest.raises(ConfigError, match=r"line 1: .* of WORKER_CA_PATH is not set"):
+    with pytest.raises(ConfigError, match=r"line 1: .* WORKER_CA_PATH: \$NOBODY is not set"):
         read_settings(file)
 
 
-def test_file_that_is_no_text_is_refused(file: Path) -> None:
-    file.write_bytes(b"\xff\n")
-    with pytest.raises(ConfigError, match="not UTF-8 text; convert it to UTF-8"):
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("$(pwd)/x", "a command"),
+        ('"a/$(cat x)"', "a command"),
+        ("`pwd`/x", "a command"),
+        ("${NOBODY:-/x}", r"a form of \$\{…\} that only a shell knows"),
+    ],
+)
+def test_what_only_a_shell_can_expand_is_not_told_as_a_variable(
+    file: Path, value: str, why: str
+) -> None:
+    file.write_text(f"export WORKER_CA_PATH={value}\n")
+    with pytest.raises(ConfigError, match=rf"the value of WORKER_CA_PATH: it contains {why}"):
+        read_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\n", "it is not UTF-8 text"),
+        (b"\xef\xbb\xbfA=b\n", "it begins with a byte order mark"),
+    ],
+)
+def test_file_that_is_no_text_is_refused(file: Path, content: bytes, why: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{why}.*; convert it to UTF-8 without"):
+        read_settings(file)
+
+
+def test_fifo_and_device_are_refused_at_once(file: Path) -> None:
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="it is not a regular file; put a text file there"):
+        read_settings(file)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="it is not a regular file; put a text file there"):
         read_settings(file)
 
 
 def test_file_that_cannot_be_read_is_refused(file: Path) -> None:
     file.mkdir()
-    with pytest.raises(ConfigError, match="Is a directory; put a text file there"):
+    with pytest.raises(ConfigError, match="it is a directory; put a text file there"):
         read_settings(file)
 
 
@@ -155,3 +190,13 @@ def test_misspelt_name_is_refused_with_what_was_meant(file: Path, name: str, rem
 def test_name_of_ones_own_is_taken_where_a_later_line_uses_it(file: Path) -> None:
     file.write_text("WORKER_HOME=/w\nexport WORKER_CA_PATH=$WORKER_HOME/ca.pem\n")
     assert resolve({}, {}, file).ca == Path("/w/ca.pem")
+
+
+@pytest.mark.parametrize(
+    "line", ["x" * 500_000, f"WORKER_{'X' * 500_000}=1", f"WORKER_CA_PATH=${'X' * 500_000}"]
+)
+def test_error_about_a_long_line_is_short(file: Path, line: str) -> None:
+    file.write_text(line)
+    with pytest.raises(ConfigError) as raised:
+        read_settings(file)
+    assert len(str(raised.value)) < 1000

@@ -156,3 +156,26 @@ def test_kernels_refusal_is_told_with_its_file(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(HostUnsupported, match=expected) as caught:
         enter(["/usr"], {})
     assert "as root on the host itself" in caught.value.remedy
+
+
+def test_tree_that_cannot_be_searched_is_told_with_its_setting(tmp_path: Path) -> None:
+    """Such as one of the kernel's, to which a link in sandbox.programs leads."""
+    gone = f"{tmp_path}/gone"
+    with pytest.raises(HostUnsupported, match=f"cannot show jobs {gone}: .*No such file") as told:
+        host_view._searched(gone)
+    assert told.value.remedy == "take it out of sandbox.programs"
+
+
+def test_names_that_cannot_be_hidden_are_told_with_their_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """/sys has more of them than the skeleton's disk has room for."""
+
+    def refuse(place: str, tree: str, names: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(host_view, "_mask", refuse)
+    expected = "cannot show jobs /many: cannot hide the 2 names .*: No space left on device"
+    with pytest.raises(HostUnsupported, match=expected) as told:
+        host_view._layer("/base", 0, "/many", ["a", "b"])
+    assert told.value.remedy == "take it out of sandbox.programs"

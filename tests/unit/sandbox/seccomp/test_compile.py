@@ -175,7 +175,9 @@ def test_package_carries_the_documented_profile() -> None:
         (SOUND + '[[allow]]\nwhat="x"\ncalls=["opne"]', "the rule \"x\" names 'opne'"),
         (SOUND + '[[refuse]]\nwhat="y"\ncalls=["Bpf"]', "the rule \"y\" names 'Bpf'"),
         ("\x00", "it is not TOML"),
-        (b"\xff", "it is not UTF-8"),
+        ("a = " + "[" * 20_000, "its values are nested too deeply"),
+        (b"\xff", "it is not UTF-8 text"),
+        (b"\xef\xbb\xbf", "it begins with a byte order mark"),
         (None, "No such file or directory"),
     ],
 )
