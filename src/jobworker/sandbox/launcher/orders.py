@@ -6,6 +6,7 @@ spare gets both in advance, and its order then costs little.
 Standard library only.
 """
 
+import errno
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +23,14 @@ from jobworker.sandbox.protocol.operations import SPAWN
 _ENDED = (ProcessLookupError, BrokenPipeError, ConnectionResetError)
 """The errors of a call for a child that has just ended."""
 
+NAME_AGAIN_SECONDS = 0.005
+
 
 class Orders:
     """Sends orders, and kills a child whose order cannot be sent."""
 
     def __init__(self, pool: ChildPool, kill: Callable[[Child], None]) -> None:
-        self._host_names, self._kill = pool.host_names, kill
+        self._event_loop, self._host_names, self._kill = pool.event_loop, pool.host_names, kill
         self._usual_limits = ScopeLimits()
         """The limits of the latest job. Spares get them in advance: most jobs ask for the same."""
 
@@ -50,17 +53,35 @@ class Orders:
                 child.send(start.exec_image)
                 return
             names.next = following(request.order.hostname)
-            names.set(child.pidfd, request.order.hostname, partial(self._on_named, child, start))
+            self._name(child, start)
         except Exception:
             self._kill(child)
             raise
 
+    def _name(self, child: Child, start: PendingStart) -> None:
+        on_named = partial(self._on_named, child, start)
+        self._host_names.set(child.pidfd, start.request.order.hostname, on_named)
+
+    def _name_again(self, child: Child, start: PendingStart) -> None:
+        if child.doomed:
+            return
+        try:
+            self._name(child, start)
+        except OSError as error:
+            self._fail(child, error)
+
     def _on_named(self, child: Child, start: PendingStart, outcome: channel.Message) -> None:
         """Send a child its order, unless it was killed or has ended while its name was set.
 
-        It may also end now. Then its own message, read at its end, has the reason.
+        It may also end now. Then its own message, read at its end, has the reason. Once it has
+        changed its ids, and until it has executed the trampoline, an ordinary user's launcher may
+        not enter its namespace (EPERM, ptrace(2)): this tries again.
         """
         if child.doomed:
+            return
+        if outcome.get("errno") == errno.EPERM and not child.ready:
+            again = partial(self._name_again, child, start)
+            self._event_loop.call_later(NAME_AGAIN_SECONDS, again)
             return
         try:
             if "errno" in outcome:
@@ -69,6 +90,9 @@ class Orders:
                 raise OSError(code, f"cannot set the host name: {os.strerror(code)}")
             child.send(start.exec_image)
         except OSError as error:
-            if not isinstance(error, _ENDED):
-                child.failure = child.failure or problem(SPAWN.step, error)
-            self._kill(child)
+            self._fail(child, error)
+
+    def _fail(self, child: Child, error: OSError) -> None:
+        if not isinstance(error, _ENDED):
+            child.failure = child.failure or problem(SPAWN.step, error)
+        self._kill(child)

@@ -32,7 +32,7 @@ class Given:
     """A child that waits for its order, the limits that it got, and who was killed."""
 
     def __init__(self, pool: QuietPool) -> None:
-        self.names = pool.host_names
+        self.names, self.event_loop = pool.host_names, pool.event_loop
         self.killed = list[Child]()
         self.orders = Orders(pool.given, self.killed.append)
         self.child = new_child(0)
@@ -92,6 +92,34 @@ def test_child_whose_host_name_cannot_be_set_is_killed_and_has_the_reason(given:
     assert given.child.failure is not None
     assert "cannot set the host name" in str(given.child.failure["detail"])
     assert given.order == b""
+
+
+def test_name_of_a_child_that_may_not_be_touched_yet_is_set_again(given: Given) -> None:
+    """It has changed its ids, and has not executed the trampoline."""
+    given.orders.give(given.child, START)
+    for tries in range(1, 4):
+        given.names.asked[-1][2]({"errno": errno.EPERM})
+        assert not given.killed
+        while len(given.names.asked) == tries:
+            given.event_loop.run_once()
+    given.names.asked[-1][2]({})
+    assert given.order == IMAGE
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_name_is_not_set_again_for_ever(given: Given, ends: bool) -> None:
+    given.orders.give(given.child, START)
+    given.names.asked[-1][2]({"errno": errno.EPERM})
+    given.child.doomed, given.child.ready = ends, True
+    while given.event_loop._alarms:
+        given.event_loop.run_once()
+    if ends:
+        assert len(given.names.asked) == 1
+        assert given.child.failure is None
+    else:
+        given.names.asked[-1][2]({"errno": errno.EPERM})
+        assert given.killed == [given.child]
+        assert "cannot set the host name" in str(given.child.failure)
 
 
 def test_child_that_ends_while_its_name_is_set_says_itself_why(given: Given) -> None:
