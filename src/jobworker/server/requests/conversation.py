@@ -231,16 +231,17 @@ class Conversation:
             )
         received = await self._read(message)
         del message
-        # Requests that wait for a job do not count here: credits behind them must be read.
-        while self._busy >= self._context.limiter.limits.max_requests_in_flight:
-            await self._less_busy.park()
-        await self._costs.wait_for_room()
-        if isinstance(received, InvalidRequest):
-            self._note(received)
-            if received.message is not None:
-                await self._sender.send(received.message)
-        else:
-            await self._begin(received, calls, large=large)
+        with self.intake.stop():
+            # Requests that wait for a job do not count here: credits behind them must be read.
+            while self._busy >= self._context.limiter.limits.max_requests_in_flight:
+                await self._less_busy.park()
+            await self._costs.wait_for_room()
+            if isinstance(received, InvalidRequest):
+                self._note(received)
+                if received.message is not None:
+                    await self._sender.send(received.message)
+            else:
+                await self._begin(received, calls, large=large)
         if large:
             self.intake.end()
 

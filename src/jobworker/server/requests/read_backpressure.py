@@ -61,17 +61,26 @@ class ReadBackpressure:
     _pausing: int = field(default=0, init=False)
     pauses: int = field(default=0, init=False)
     """How many pauses have ended."""
+    _stops: int = field(default=0, init=False)
+    """How many reasons there are now to read nothing more, or no whole message."""
+    stretches: int = field(default=0, init=False)
+    """How often there has come to be a reason."""
     _watchers: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot, init=False)
-    """Here tasks wait for the next pause."""
+    """Here tasks wait for the next reason."""
 
     @property
     def paused(self) -> bool:
         """Whether the server now reads nothing from the client, not even answers to pings."""
         return self._pausing > 0
 
-    async def wait_for_pause(self) -> None:
-        """Wait until the server reads nothing from the client."""
-        while not self.paused:
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the server may not come to the client's next message now, or a ping behind it."""
+        return self._stops > 0
+
+    async def wait_for_stop(self) -> None:
+        """Wait until `is_stopped`."""
+        while not self.is_stopped:
             await self._watchers.park()
 
     async def wait_for_room(self, size: int) -> float:
@@ -113,12 +122,23 @@ class ReadBackpressure:
     def pause(self) -> Iterator[None]:
         """Count the block as a pause, in which nothing is read; pauses may overlap."""
         self._pausing += 1
+        try:
+            with self.stop():
+                yield
+        finally:
+            self._pausing -= 1
+            self.pauses += 1
+
+    @contextmanager
+    def stop(self) -> Iterator[None]:
+        """Count the block as one in which the next message has to wait: another is being taken."""
+        self.stretches += not self._stops
+        self._stops += 1
         self._watchers.unpark_all()
         try:
             yield
         finally:
-            self._pausing -= 1
-            self.pauses += 1
+            self._stops -= 1
 
     def begin(self) -> trio.Event:
         """Record that a large request has come whole. Returns the event that `end` sets."""

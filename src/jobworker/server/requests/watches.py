@@ -60,15 +60,17 @@ async def end_unless_taken(
 
 
 async def show_life(socket: FramedSocket, intake: ReadBackpressure) -> None:
-    """Send a pong of our own at intervals while the server reads nothing from the client.
+    """Send a pong of our own at intervals while the server does not come to the next message.
 
-    Meanwhile it answers no ping, so a client that waits for its turn with a large request would
-    take the server for one that stands still. RFC 6455, section 5.5.3, allows such a pong.
+    Meanwhile it answers no ping behind that message, so a client that waits for its turn, or for
+    room for its calls, would take the server for one that stands still. RFC 6455, section 5.5.3,
+    allows such a pong. The first one comes within two intervals: a stretch may begin within one.
     """
     while True:
-        await intake.wait_for_pause()
+        await intake.wait_for_stop()
+        stretch = intake.stretches
         await trio.sleep(LIFE_SECONDS)
-        if intake.paused:
+        if intake.is_stopped and intake.stretches == stretch:
             with suppress(ConnectionClosed):
                 await socket.pong()
 

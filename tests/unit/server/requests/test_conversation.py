@@ -325,8 +325,11 @@ async def test_reader_waits_while_the_calls_of_its_name_cost_too_much(
             talk.socket.say(method, id_, **({} if method == "service.hello" else params))
         await settle()
         assert talk.socket.unread == 16, "three are being sent, and one waits"
+        assert talk.conversation.intake.is_stopped, "so the client gets pongs"
         talk.socket.takes.set()
         await until(lambda: len(talk.socket.sent) == 20)
+        await settle()
+        assert not talk.conversation.intake.is_stopped
         assert not talk.context.calls.taken_bytes
     assert set(talk.socket.replies()) == set(range(20))
 
@@ -414,6 +417,7 @@ async def test_nothing_is_read_until_a_large_request_is_served(talk_of: TalkOf) 
         await settle()
         assert talk.socket.unread == 1
         assert talk.context.requests.statistics().taken == 1
+        assert talk.conversation.intake.is_stopped, "so the client gets pongs"
         served.set()
         await settle()
         assert talk.context.requests.statistics().taken == 0

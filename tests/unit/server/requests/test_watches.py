@@ -62,6 +62,16 @@ async def test_pongs_are_sent_while_nothing_is_read_and_only_then(autojump_clock
         with intake.pause():
             await trio.sleep(1.5 * LIFE_SECONDS)
         assert len(sent) == 4
+        await trio.sleep(100 * LIFE_SECONDS)
+        with intake.stop():  # a message waits until its client has room for another call
+            assert not intake.paused, "the client's answers are still waited for"
+            await trio.sleep(1.5 * LIFE_SECONDS)
+        assert len(sent) == 5
+        for _ in range(40):  # messages that are taken one after the other
+            with intake.stop():
+                await trio.sleep(0.9 * LIFE_SECONDS)
+            await trio.sleep(0.01 * LIFE_SECONDS)
+        assert len(sent) == 5
         nursery.cancel_scope.cancel()
 
 
